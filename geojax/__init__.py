@@ -1,0 +1,12 @@
+"""geojax: the geometry of neural-network loss surfaces, for any parameter pytree.
+
+A network is a point, a point is a pytree, and everything here is a function over such points.
+Importing this package starts no backend and loads no optional dependency.
+"""
+
+from importlib.metadata import version as _version
+
+from geojax import tree
+
+__version__ = _version("geojax")
+__all__ = ["__version__", "tree"]

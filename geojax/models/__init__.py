@@ -1,0 +1,1 @@
+"""The papers' networks and the adapters for flax linen and nnx."""
