@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 __all__ = [
+    "accumulation_dtype",
     "axpy",
     "cast",
     "check_floating",
@@ -97,7 +98,7 @@ def check_same(expected: PyTree, actual: PyTree, *, names: tuple[str, str], dtyp
 
     Raises:
         ValueError: Naming the first leaf, by path, that is missing, extra or of another shape.
-        TypeError: Naming the first leaf of another dtype.
+        TypeError: Naming the first leaf that is no array or has another dtype.
     """
     left, left_def = _flatten(expected)
     right, right_def = _flatten(actual)
@@ -116,6 +117,12 @@ def check_same(expected: PyTree, actual: PyTree, *, names: tuple[str, str], dtyp
             "pytree of arrays."
         )
     for (path, a), (_, b) in zip(left, right, strict=True):
+        for name, leaf in zip(names, (a, b), strict=True):
+            if not _is_array(leaf):
+                raise TypeError(
+                    f"leaf {path} of {name} is a {type(leaf).__name__}; expected an array. Split "
+                    "such leaves off with `tree.partition`."
+                )
         if jnp.shape(a) != jnp.shape(b):
             raise ValueError(
                 f"leaf {path} has shape {jnp.shape(a)} in {names[0]} and {jnp.shape(b)} in "
@@ -237,12 +244,10 @@ def unstack(points: PyTree) -> list[PyTree]:
     return [jax.tree.map(lambda x, i=i: x[i], points) for i in range(n)]
 
 
-def _accumulator(*arrays: Any) -> Any:
-    """The dtype in which geometry is done: float32, or float64 where a leaf is."""
-    dtype: Any = jnp.float32
-    for array in arrays:
-        dtype = jnp.promote_types(dtype, jnp.result_type(array))
-    return dtype
+def accumulation_dtype(*arrays: Any) -> Any:
+    """The dtype in which sums are kept: float64 where one of the arrays is, else float32."""
+    wide = any(jnp.result_type(array) == jnp.float64 for array in arrays)
+    return jnp.float64 if wide else jnp.float32
 
 
 def combine(points: PyTree, weights: jax.typing.ArrayLike) -> PyTree:
@@ -278,10 +283,10 @@ def combine(points: PyTree, weights: jax.typing.ArrayLike) -> PyTree:
 
     # A reduction over the leading axis is hundreds of times slower than a dot on XLA's CPU backend.
     def one(leaf):
-        dtype = _accumulator(leaf, jnp.asarray(weights))
+        dtype = accumulation_dtype(leaf, weights)
         leaf = jnp.asarray(leaf)
         total = lax.dot_general(
-            jnp.asarray(weights, dtype),
+            jnp.asarray(weights).astype(dtype),
             _member_axis_replicated(leaf).astype(dtype),
             (((jnp.ndim(weights) - 1,), (0,)), ((), ())),
             precision=lax.Precision.HIGHEST,
@@ -313,7 +318,7 @@ def vdot(x: PyTree, y: PyTree) -> jax.Array:
     check_same(x, y, names=("x", "y"), dtype=False)
     check_floating(x, "x")
     check_floating(y, "y")
-    dtype = _accumulator(*jax.tree.leaves(x), *jax.tree.leaves(y))
+    dtype = accumulation_dtype(*jax.tree.leaves(x), *jax.tree.leaves(y))
     products = jax.tree.map(
         lambda a, b: jnp.sum(jnp.asarray(a).astype(dtype) * jnp.asarray(b).astype(dtype)), x, y
     )
@@ -328,7 +333,7 @@ def norm(x: PyTree) -> jax.Array:
     """
     check_floating(x, "x")
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(x) if jnp.size(leaf)]
-    dtype = _accumulator(*leaves)
+    dtype = accumulation_dtype(*leaves)
     largest = jnp.zeros((), dtype)
     for leaf in leaves:
         largest = jnp.maximum(largest, lax.stop_gradient(jnp.max(jnp.abs(leaf))).astype(dtype))
@@ -338,17 +343,20 @@ def norm(x: PyTree) -> jax.Array:
     for leaf in leaves:
         squares = squares + jnp.sum(jnp.square(leaf.astype(dtype) / unit))
     nonzero = squares > 0
-    return jnp.where(nonzero, unit * jnp.sqrt(jnp.where(nonzero, squares, 1.0)), 0.0)
+    root = jnp.sqrt(jnp.where(nonzero, squares, jnp.ones_like(squares)))
+    return jnp.where(nonzero, unit * root, squares)
 
 
 def scale(alpha: jax.typing.ArrayLike, x: PyTree) -> PyTree:
     """`alpha * x` leaf by leaf, in float32 or better, in the dtypes of `x`."""
     return jax.tree.map(
-        lambda a: (jnp.asarray(alpha, _accumulator(a)) * jnp.asarray(a, _accumulator(a))).astype(
-            jnp.result_type(a)
-        ),
+        lambda a: _scaled(alpha, a, accumulation_dtype(a)).astype(jnp.result_type(a)),
         x,
     )
+
+
+def _scaled(alpha: Any, x: Any, dtype: Any) -> jax.Array:
+    return jnp.asarray(alpha).astype(dtype) * jnp.asarray(x).astype(dtype)
 
 
 def axpy(alpha: jax.typing.ArrayLike, x: PyTree, y: PyTree) -> PyTree:
@@ -365,8 +373,8 @@ def axpy(alpha: jax.typing.ArrayLike, x: PyTree, y: PyTree) -> PyTree:
     check_same(y, x, names=("y", "x"), dtype=False)
 
     def one(a, b):
-        dtype = _accumulator(a, b)
-        out = jnp.asarray(alpha, dtype) * jnp.asarray(a, dtype) + jnp.asarray(b, dtype)
+        dtype = accumulation_dtype(a, b)
+        out = _scaled(alpha, a, dtype) + jnp.asarray(b).astype(dtype)
         return out.astype(jnp.result_type(b))
 
     return jax.tree.map(one, x, y)

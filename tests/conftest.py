@@ -20,7 +20,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 @pytest.fixture(params=["auto", "explicit"])
 def mesh(request):
-    """A (data=4, model=2) mesh over eight CPU devices, once with Auto and once with Explicit axes."""
+    """A (data=4, model=2) mesh over eight CPU devices: once with Auto axes, once with Explicit."""
     kind = jsh.AxisType.Auto if request.param == "auto" else jsh.AxisType.Explicit
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
 
