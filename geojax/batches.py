@@ -18,7 +18,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from geojax.tree import accumulation_dtype
 
-__all__ = ["Batches", "as_batches", "mean", "num_examples", "place", "prefetch", "split"]
+__all__ = [
+    "Batches",
+    "as_batches",
+    "mean",
+    "num_examples",
+    "place",
+    "prefetch",
+    "split",
+    "weighted_mean",
+]
 
 PyTree = Any
 Progress = Callable[[int, int | None], None]
@@ -387,7 +396,7 @@ def mean(
     @functools.wraps(fn)
     def averaged(*args: Any) -> PyTree:
         use_scan = loop == "scan" or (loop == "auto" and mesh is None and _scannable(source, args))
-        return (_scan_sum if use_scan else _host_sum)(fn, source, weight_fn, mesh, progress, args)
+        return (_scan_mean if use_scan else _host_mean)(fn, source, weight_fn, mesh, progress, args)
 
     return averaged
 
@@ -437,37 +446,61 @@ def _nonzero(weight: Any) -> None:
         )
 
 
-def _host_sum(fn, source, weight_fn, mesh, progress, args):
+def weighted_mean(terms: Iterable[tuple[PyTree, Any]]) -> PyTree:
+    """The mean of pytrees with weights, read one after another.
+
+    Args:
+        terms: Pairs (value, weight); a value is a pytree of arrays, a weight a nonnegative scalar.
+
+    Returns:
+        The weighted mean in float32 or better; for a single pair its value, to the last bit.
+
+    Raises:
+        ValueError: For no terms, or weights that sum to zero.
+    """
+    total, waiting = None, None
+    for term in terms:
+        if waiting is not None:
+            total = _first(*waiting) if total is None else _add(total, *waiting)
+        waiting = term
+    if waiting is None:
+        raise ValueError("weighted_mean: expected at least one (value, weight), got none.")
+    if total is None:
+        value, weight = waiting
+        _nonzero(weight)
+        return jax.tree.map(lambda v: v.astype(accumulation_dtype(v)), value)
+    sums, weight = _add(total, *waiting)
+    if not isinstance(waiting[1], int):
+        _nonzero(weight)
+    return _divide(sums, weight)
+
+
+def _host_mean(fn, source, weight_fn, mesh, progress, args):
     # jax.jit finds the compiled function again by the identity of `fn`.
     compiled = jax.jit(fn)
     weigh = num_examples if weight_fn is None else jax.jit(weight_fn)
     num_batches = len(source) if hasattr(getattr(source, "source", source), "__len__") else None
-    total, before = None, None
-    for done, pieces in enumerate(prefetch(source, mesh), start=1):
-        for batch in pieces:
-            value, weight = compiled(*args, batch), weigh(batch)
-            if num_batches == 1 and len(pieces) == 1:
-                # One batch: its value is the mean, to the last bit.
-                _nonzero(weight)
-                if progress is not None:
-                    progress(1, 1)
-                return jax.tree.map(lambda v: v.astype(accumulation_dtype(v)), value)
-            total = _first(value, weight) if total is None else _add(total, value, weight)
-            # The host runs at most one batch ahead, or a fast reader would fill the memory.
-            if before is not None:
-                jax.block_until_ready(before)
-            before = [x for x in jax.tree.leaves(value)[:1] if not isinstance(x, Tracer)]
-        if progress is not None:
-            progress(done, num_batches)
-    if weight_fn is not None:
-        _nonzero(total[1])  # type: ignore[index]
-    return _divide(*total)
+
+    def terms():
+        before = None
+        for done, pieces in enumerate(prefetch(source, mesh), start=1):
+            for batch in pieces:
+                value = compiled(*args, batch)
+                yield value, weigh(batch)
+                # The host runs at most one batch ahead, or a fast reader would fill the memory.
+                if before is not None:
+                    jax.block_until_ready(before)
+                before = [x for x in jax.tree.leaves(value)[:1] if not isinstance(x, Tracer)]
+            if progress is not None:
+                progress(done, num_batches)
+
+    return weighted_mean(terms())
 
 
 _SCANS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
-def _scan_sum(fn, source, weight_fn, mesh, progress, args):
+def _scan_mean(fn, source, weight_fn, mesh, progress, args):
     del mesh
     per_fn = _SCANS.setdefault(fn, {})
     slot = (None if weight_fn is None else weakref.ref(weight_fn), source.batch_size)
@@ -477,8 +510,7 @@ def _scan_sum(fn, source, weight_fn, mesh, progress, args):
             static_argnames="drop_remainder",
         )
     total = per_fn[slot](args, source.arrays, drop_remainder=source.drop_remainder)
-    if weight_fn is not None:
-        _nonzero(total[1])
+    _nonzero(total[1])
     if progress is not None:
         progress(len(source), len(source))
     return _divide(*total)

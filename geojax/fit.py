@@ -1,0 +1,669 @@
+"""One training loop for any loss over any pytree, with optax: resumable, and frozen where asked.
+
+`init` and `make_step` are the pure parts; `fit` runs them over batches with checkpoints, a log and
+progress. A network, the bends of a curve or the vertex of a simplex are all trained by it.
+"""
+
+import functools
+import inspect
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from geojax import batches as batches_
+from geojax import progress as progress_
+from geojax import tree
+
+__all__ = [
+    "FitResult",
+    "FitState",
+    "NonFiniteError",
+    "cyclic",
+    "fit",
+    "init",
+    "make_step",
+    "three_phase",
+    "warmup_cosine",
+]
+
+PyTree = Any
+Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
+
+
+class FitState(NamedTuple):
+    """All that training needs to go on: checkpointing this and restoring it is exact.
+
+    Attributes:
+        params: The pytree being trained.
+        opt_state: The optimiser's state.
+        key: The key of the run; step s draws from `fold_in(key, s)`.
+        step: How many steps have been made, int32.
+        epoch: The pass over the data, int32.
+        batch: How many batches of that pass have been used, int32.
+    """
+
+    params: PyTree
+    opt_state: PyTree
+    key: jax.Array
+    step: jax.Array
+    epoch: jax.Array
+    batch: jax.Array
+
+
+class FitResult(NamedTuple):
+    """The end of a run.
+
+    Attributes:
+        params: The trained pytree.
+        state: The whole final `FitState`.
+        history: NumPy arrays, one entry for each step made by this call: 'step', 'loss',
+            'gradient_norm', and whatever else the step measured.
+        evaluations: What `evaluate` returned, with 'step', each time it was called.
+        start: The step at which this call began; above 0 when it resumed from a checkpoint.
+    """
+
+    params: PyTree
+    state: FitState
+    history: dict[str, np.ndarray]
+    evaluations: list[dict[str, float]]
+    start: int
+
+
+class NonFiniteError(FloatingPointError):
+    """The loss, its gradient or the weights became NaN or infinite.
+
+    Attributes:
+        step: The first step whose loss or gradient was not finite.
+        checkpoint: The last good checkpoint, as (folder, step), or None.
+    """
+
+    def __init__(self, message: str, step: int, checkpoint: tuple[str, int] | None):
+        super().__init__(message)
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+class Checkpointer(Protocol):
+    """What `fit` asks of `geojax.checkpoint.Checkpointer`."""
+
+    every: int
+
+    @property
+    def location(self) -> str:
+        """Where the checkpoints are."""
+        ...
+
+    def latest(self) -> int | None:
+        """The newest step that can be restored."""
+        ...
+
+    def save(self, step: int, state: PyTree, metadata: dict | None = None) -> Any:
+        """Save the state of a step, whole or not at all."""
+        ...
+
+    def restore(self, like: PyTree, step: int | None = None) -> tuple[PyTree, dict]:
+        """The state of a step and its metadata."""
+        ...
+
+
+# ----------------------------------------------------------------------------------- schedules
+
+
+def warmup_cosine(
+    peak: float, num_steps: int, *, warmup_steps: int = 0, start: float = 0.0, end: float = 0.0
+) -> Schedule:
+    """A linear warm-up from `start` to `peak`, then half a cosine down to `end` at `num_steps`.
+
+    Raises:
+        ValueError: If the warm-up does not end before the run.
+    """
+    import optax
+
+    if not 0 <= warmup_steps < num_steps:
+        raise ValueError(
+            f"warmup_steps is {warmup_steps} of {num_steps} steps; expected at least 0 and fewer "
+            "than num_steps."
+        )
+    if warmup_steps == 0:
+        schedule = optax.cosine_decay_schedule(peak, num_steps, alpha=end / peak)
+    else:
+        schedule = optax.warmup_cosine_decay_schedule(start, peak, warmup_steps, num_steps, end)
+    # optax mixes the integer step with floats, which strict dtype promotion refuses.
+    return lambda step: jnp.asarray(schedule(jnp.asarray(step, jnp.float32)))
+
+
+def three_phase(peak: float, num_steps: int, *, final: float = 0.01) -> Schedule:
+    """Constant for the first half, linear down to `final * peak` at nine tenths, constant again.
+
+    Args:
+        peak: The learning rate of the first half.
+        num_steps: The length of the run; the schedule is a function of step / num_steps.
+        final: The last phase as a fraction of `peak`.
+
+    Reference:
+        Garipov et al., Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs, 2018: the
+        schedule of its code. There it is constant within an epoch; here it moves every step.
+    """
+
+    def schedule(step):
+        fraction = jnp.asarray(step, jnp.float32) / num_steps
+        left = jnp.clip((0.9 - fraction) / 0.4, 0.0, 1.0)
+        return peak * (final + (1.0 - final) * left)
+
+    return schedule
+
+
+def cyclic(high: float, low: float, cycle_steps: int) -> Schedule:
+    """Triangular cycles: `high` at the ends of each cycle, `low` in its middle.
+
+    Reference:
+        Garipov et al. 2018, section 4 (fast geometric ensembling): networks are collected where the
+        rate is lowest, after cycle_steps / 2, 3 cycle_steps / 2, and so on.
+
+    Raises:
+        ValueError: If `cycle_steps` is odd, since then no step lies in the middle.
+    """
+    if cycle_steps < 2 or cycle_steps % 2:
+        raise ValueError(f"cycle_steps is {cycle_steps}; expected an even number of steps.")
+
+    def schedule(step):
+        within = jnp.mod(jnp.asarray(step, jnp.float32), cycle_steps) / cycle_steps
+        towards = jnp.abs(2.0 * within - 1.0)
+        return low + (high - low) * towards
+
+    return schedule
+
+
+# -------------------------------------------------------------------------------- the pure parts
+
+
+def init(params: PyTree, optimizer: Any, *, key: jax.Array) -> FitState:
+    """The state before the first step. The parameters are copied, never donated.
+
+    Raises:
+        TypeError: If a leaf of `params` is not floating, naming it.
+    """
+    tree.check_floating(params, "params")
+    # Copies throughout: the steps of `fit` donate the state, so no two buffers may be one.
+    params = jax.tree.map(jnp.array, params)
+    opt_state = jax.tree.map(jnp.array, optimizer.init(params))
+    step, epoch, batch = (jnp.array(0, jnp.int32) for _ in range(3))
+    return FitState(params, opt_state, jax.random.clone(key), step, epoch, batch)
+
+
+def _takes_key(loss_fn: Callable) -> bool:
+    """Whether a loss is called as (params, batch, key); told from its required parameters."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        parameters = inspect.signature(loss_fn).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    names = [p.name for p in parameters if p.kind in kinds]
+    required = [p for p in parameters if p.kind in kinds and p.default is p.empty]
+    if len(required) not in (2, 3) and "key" not in names[2:3]:
+        raise TypeError(
+            f"loss_fn takes {len(required)} positional arguments; expected (params, batch) or "
+            "(params, batch, key)."
+        )
+    return len(required) == 3 or "key" in names[2:3]
+
+
+def _frozen_masks(frozen: Any, params: PyTree) -> PyTree | None:
+    """A boolean array for every leaf of `params`, True where it must not move."""
+    if frozen is None:
+        return None
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    if callable(frozen):
+        values = [frozen(jax.tree_util.keystr(path)) for path, _ in leaves]
+    else:
+        try:
+            full = jax.tree.map(
+                lambda mask, part: jax.tree.map(lambda _: np.asarray(mask), part), frozen, params
+            )
+        except ValueError as error:
+            raise ValueError(
+                "frozen: expected booleans in the structure of params or of its top levels: "
+                f"{error}"
+            ) from error
+        values = jax.tree.leaves(full)
+    masks = []
+    for (path, leaf), value in zip(leaves, values, strict=True):
+        mask = np.asarray(value)
+        if mask.dtype != bool or mask.shape != np.shape(leaf)[: mask.ndim]:
+            raise ValueError(
+                f"frozen: leaf {jax.tree_util.keystr(path)} of shape {np.shape(leaf)} has a mask "
+                f"of {mask.dtype} and shape {mask.shape}; expected one boolean, or booleans for "
+                "its leading axes (rows)."
+            )
+        masks.append(mask.reshape(mask.shape + (1,) * (np.ndim(leaf) - mask.ndim)))
+    return jax.tree.unflatten(treedef, masks)
+
+
+def _keep(masks: PyTree | None, frozen: PyTree, free: PyTree) -> PyTree:
+    """`frozen` where the masks hold, `free` elsewhere; bit for bit."""
+    if masks is None:
+        return free
+
+    def one(mask, a, b):
+        # Whole leaves need no select, which keeps them out of the compiled step.
+        if mask.all():
+            return a
+        return jnp.where(jnp.broadcast_to(mask, b.shape), a, b) if mask.any() else b
+
+    return jax.tree.map(one, masks, frozen, free)
+
+
+class _Parts(NamedTuple):
+    """The two halves of a step: the gradient on one batch, and the update by a mean gradient."""
+
+    gradient: Callable
+    update: Callable
+
+
+def _make_parts(loss_fn, optimizer, *, has_metrics, regularizer, transform, frozen) -> _Parts:
+    import optax
+
+    takes_key = _takes_key(loss_fn)
+
+    def data_loss(params, batch, key):
+        out = loss_fn(params, batch, key) if takes_key else loss_fn(params, batch)
+        if has_metrics != isinstance(out, tuple):
+            raise TypeError(
+                f"loss_fn returned {type(out).__name__}; expected "
+                + ("(loss, dict of metrics)." if has_metrics else "a scalar, or has_metrics=True.")
+            )
+        loss, metrics = out if has_metrics else (out, {})
+        if jnp.shape(loss):
+            raise ValueError(
+                f"loss_fn returned an array of shape {jnp.shape(loss)}; expected a scalar, the "
+                "mean over the batch."
+            )
+        return loss, metrics
+
+    def gradient(params, batch, key):
+        key_transform, key_loss = jax.random.split(key)
+        if transform is not None:
+            batch = transform(key_transform, batch)
+        (loss, metrics), grads = jax.value_and_grad(data_loss, has_aux=True)(
+            params, batch, key_loss
+        )
+        return {"loss": loss, "metrics": metrics, "grads": grads}
+
+    def penalty(params):
+        parts = regularizer(params)
+        parts = parts if isinstance(parts, dict) else {"regularizer": parts}
+        parts = {name: jnp.asarray(part).astype(jnp.float32) for name, part in parts.items()}
+        return sum(parts.values(), start=jnp.zeros((), jnp.float32)), parts
+
+    def update(state: FitState, means: PyTree) -> tuple[FitState, dict[str, jax.Array]]:
+        params = state.params
+        masks = _frozen_masks(frozen, params)
+        loss = means["loss"].astype(tree.accumulation_dtype(means["loss"]))
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), means["grads"], params)
+        metrics = {"loss": loss} | means["metrics"]
+        if regularizer is not None:
+            (total, parts), extra = jax.value_and_grad(penalty, has_aux=True)(params)
+            grads = jax.tree.map(jnp.add, grads, extra)
+            metrics = {"loss": loss + total, "data_loss": loss} | parts | means["metrics"]
+        grads = _keep(masks, jax.tree.map(jnp.zeros_like, grads), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, params)
+        moved = _keep(masks, params, optax.apply_updates(params, updates))
+        metrics["gradient_norm"] = tree.norm(grads)
+        return state._replace(params=moved, opt_state=opt_state, step=state.step + 1), metrics
+
+    return _Parts(gradient, update)
+
+
+def make_step(
+    loss_fn: Callable[..., Any],
+    optimizer: Any,
+    *,
+    has_metrics: bool = False,
+    regularizer: Callable[[PyTree], Any] | None = None,
+    transform: Callable[[jax.Array, PyTree], PyTree] | None = None,
+    frozen: Any = None,
+) -> Callable[[FitState, PyTree], tuple[FitState, dict[str, jax.Array]]]:
+    """One training step as a pure function, `step(state, batch) -> (state, metrics)`.
+
+    It can be jitted, vmapped over stacked states, or scanned. The arguments are those of `fit`. Its
+    cost is one gradient, one optimiser update and, with `regularizer`, that gradient.
+    """
+    parts = _make_parts(
+        loss_fn,
+        optimizer,
+        has_metrics=has_metrics,
+        regularizer=regularizer,
+        transform=transform,
+        frozen=frozen,
+    )
+
+    def step(state: FitState, batch: PyTree) -> tuple[FitState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)
+        return parts.update(state, parts.gradient(state.params, batch, key))
+
+    return step
+
+
+# ------------------------------------------------------------------------------------- the loop
+
+
+def fit(
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    batches: Any,
+    optimizer: Any,
+    num_steps: int,
+    *,
+    key: jax.Array,
+    has_metrics: bool = False,
+    regularizer: Callable[[PyTree], Any] | None = None,
+    transform: Callable[[jax.Array, PyTree], PyTree] | None = None,
+    frozen: Any = None,
+    accumulate: int = 1,
+    weight_fn: Callable[[PyTree], jax.Array] | None = None,
+    mesh: Mesh | NamedSharding | None = None,
+    evaluate: Callable[[PyTree, int], dict[str, Any]] | None = None,
+    evaluate_every: int | None = None,
+    checkpoint: Checkpointer | None = None,
+    log: str | pathlib.Path | None = None,
+    log_every: int = 1,
+    progress: bool | None = None,
+) -> FitResult:
+    """Train a pytree by gradient steps.
+
+    The run is a function of its arguments: the same key gives the same bits, and a run that was
+    stopped and is called again with the same `checkpoint` ends with the bits of one that was not.
+
+    Args:
+        loss_fn: `(params, batch)` or `(params, batch, key)` to the mean loss of the batch, a
+            scalar; with `has_metrics`, to (loss, dict of scalars), which are logged.
+        params: Pytree of floating arrays, in any sharding, which is kept.
+        batches: One batch or a re-iterable; `batches.split(arrays, size, key=...)` reshuffles each
+            epoch. Other sources must give the same batches on each pass for an exact resume.
+        optimizer: An optax gradient transformation.
+        num_steps: Optimiser steps in the whole run, those before a resume included.
+        key: A typed key for dropout and augmentation; step s uses `fold_in(key, s)`.
+        has_metrics: Whether `loss_fn` returns metrics as well.
+        regularizer: `params -> scalar` or dict of named scalars, added to the loss once per step
+            and logged apart from it.
+        transform: `(key, batch) -> batch`, such as an augmentation; compiled into the step.
+        frozen: What must stay as it is, bit for bit, also under momentum and weight decay: booleans
+            in the structure of `params` or its top levels, boolean arrays for leading axes (rows,
+            such as the points of a stack), or a function of the leaf's path.
+        accumulate: Batches in one step. Their gradients are averaged by weight, and what is left at
+            the end of an epoch makes a step of its own.
+        weight_fn: Weight of a batch in that average; by default its number of examples.
+        mesh: Split each batch over this mesh's first axis, see `batches.place`.
+        evaluate: `(params, step) -> dict of numbers`, called after every `evaluate_every` steps and
+            at the end; goes to the log as a line of its own.
+        evaluate_every: Steps between evaluations.
+        checkpoint: A `geojax.checkpoint.Checkpointer`: the state is saved every `checkpoint.every`
+            steps, at the end, and on an interrupt; a run that finds one there goes on from it.
+        log: A file of JSON lines, one every `log_every` steps; a resume cuts what came after its
+            checkpoint.
+        log_every: Steps between lines.
+        progress: True or False for a bar; by default one appears on runs that take long.
+
+    Returns:
+        A `FitResult`. Memory: parameters, optimiser state and one gradient, and once more the
+        parameters while the copy at the start is made.
+
+    Raises:
+        NonFiniteError: If the loss or its gradient is NaN or infinite, naming the step and the last
+            good checkpoint; nothing after it is saved.
+        TypeError, ValueError: For arguments of the wrong kind, before any step; for a checkpoint of
+            another run (another key, batch size or data size).
+
+    Example:
+        >>> import optax
+        >>> x = np.linspace(-1, 1, 32, dtype=np.float32)
+        >>> loss = lambda params, batch: jnp.mean((params["a"] * batch["x"] - batch["y"]) ** 2)
+        >>> out = fit(loss, {"a": jnp.zeros(())}, {"x": x, "y": 2 * x}, optax.sgd(1.0), 30,
+        ...           key=jax.random.key(0))
+        >>> round(float(out.params["a"]), 3)
+        2.0
+    """
+    for name, value, least in (
+        ("num_steps", num_steps, 0),
+        ("accumulate", accumulate, 1),
+        ("log_every", log_every, 1),
+    ):
+        if not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} is {value!r}; expected an integer of at least {least}.")
+    if (evaluate is None) != (evaluate_every is None):
+        raise ValueError("evaluate and evaluate_every: expected both or neither.")
+    if not jnp.issubdtype(getattr(key, "dtype", np.int32), jax.dtypes.prng_key):
+        raise TypeError("key: expected a typed key, `jax.random.key(seed)`.")
+    source = batches_.as_batches(batches)
+    state = init(params, optimizer, key=key)
+    _frozen_masks(frozen, params)
+    parts = _make_parts(
+        loss_fn,
+        optimizer,
+        has_metrics=has_metrics,
+        regularizer=regularizer,
+        transform=transform,
+        frozen=frozen,
+    )
+    record = {"source": source.fingerprint()} if isinstance(source, batches_.Batches) else {}
+    record |= {"key": jax.random.key_data(key).tolist(), "accumulate": int(accumulate)}
+    if checkpoint is not None and checkpoint.latest() is not None:
+        state = _resume(checkpoint, state, record, num_steps)
+    start = int(state.step)
+    run = _Run(parts, checkpoint, record, log, log_every, start)
+    feed = _feed(source, int(state.epoch), int(state.batch), accumulate, mesh)
+    position = (start, int(state.epoch), int(state.batch))
+    with progress_.bar(num_steps, "fit", show=progress) as bar:
+        try:
+            for step in range(start, num_steps):
+                pieces, epoch, batch = next(feed)
+                state, metrics = run.step(state, pieces, weight_fn)
+                position = (step + 1, epoch, batch)
+                run.add(step, epoch, metrics)
+                last = step + 1 == num_steps
+                if evaluate is not None and (last or (step + 1) % (evaluate_every or 1) == 0):
+                    run.evaluated(step, evaluate(state.params, step + 1))
+                if checkpoint is not None and (last or (step + 1) % checkpoint.every == 0):
+                    run.save(_at(state, position))
+                if run.due():
+                    bar(step + 1, loss=f"{run.flush():.4g}")
+            run.flush()
+        except KeyboardInterrupt:
+            # Leave the run where it can go on, unless the interrupt came in the middle of a step.
+            whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
+            if checkpoint is not None and whole and int(state.step) == position[0]:
+                run.save(_at(state, position))
+            raise
+    return FitResult(state.params, _at(state, position), run.history(), run.evaluations, start)
+
+
+def _at(state: FitState, position: tuple[int, int, int]) -> FitState:
+    """The state with its place in the data filled in."""
+    _, epoch, batch = position
+    return state._replace(epoch=jnp.array(epoch, jnp.int32), batch=jnp.array(batch, jnp.int32))
+
+
+def _resume(
+    checkpoint: Checkpointer, state: FitState, record: dict[str, Any], num_steps: int
+) -> FitState:
+    state, found = checkpoint.restore(state)
+    for name, value in json.loads(json.dumps(record)).items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"fit: the checkpoint in {checkpoint.location} is of another run: its {name} is "
+                f"{found.get(name)} and this run's is {value}. Use the same arguments to resume, "
+                "or another folder."
+            )
+    if int(state.step) > num_steps:
+        raise ValueError(
+            f"fit: the checkpoint in {checkpoint.location} is at step {int(state.step)}, past "
+            f"num_steps={num_steps}."
+        )
+    return state
+
+
+def _feed(
+    source: Any, epoch: int, start: int, accumulate: int, mesh: Any
+) -> Iterator[tuple[list[PyTree], int, int]]:
+    """The batches of one step after another, with the position in the data after that step."""
+    while True:
+        if isinstance(source, batches_.Batches):
+            rest = source.epoch(epoch, start)
+        else:
+            rest = iter(source)
+            for _ in range(start):
+                next(rest)
+        group: list[PyTree] = []
+        used, in_group = start, 0
+        for pieces in batches_.prefetch(rest, mesh):
+            group += pieces
+            used, in_group = used + 1, in_group + 1
+            if in_group == accumulate:
+                yield group, epoch, used
+                group, in_group = [], 0
+        if group:
+            yield group, epoch, used
+        epoch, start = epoch + 1, 0
+
+
+class _Run:
+    """One call of `fit`: its compiled step, its metrics on their way to the host, its log."""
+
+    def __init__(self, parts, checkpoint, record, log, log_every, start):
+        self.checkpoint, self.record, self.log_every = checkpoint, record, log_every
+        self.log = None if log is None else pathlib.Path(log)
+        self.rows: list[dict[str, float]] = []
+        self.waiting: list[tuple[int, int, dict]] = []
+        self.evaluations: list[dict[str, float]] = []
+        self.began = self.flushed = time.monotonic()
+        self.saved: int | None = None if checkpoint is None else checkpoint.latest()
+        if self.log is not None:
+            _cut_log(self.log, start)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def whole(state, batch):
+            key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)
+            return parts.update(state, parts.gradient(state.params, batch, key))
+
+        @jax.jit
+        def gradient(state, batch, index):
+            key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), index)
+            return parts.gradient(state.params, batch, key)
+
+        self._whole, self._gradient = whole, gradient
+        self._update = jax.jit(parts.update, donate_argnums=0)
+
+    def step(self, state, pieces, weight_fn):
+        if len(pieces) == 1:
+            return self._whole(state, pieces[0])
+        weigh = weight_fn or batches_.num_examples
+        return self._update(
+            state,
+            batches_.weighted_mean(
+                (self._gradient(state, piece, i), weigh(piece)) for i, piece in enumerate(pieces)
+            ),
+        )
+
+    def add(self, step, epoch, metrics):
+        self.waiting.append((step, epoch, metrics))
+        if len(self.waiting) > 16:
+            # The host runs ahead, but not so far that waiting batches fill the memory.
+            jax.block_until_ready(self.waiting[-16][2]["loss"])
+
+    def due(self):
+        return time.monotonic() - self.flushed > 0.5
+
+    def evaluated(self, step, values):
+        self.flush()
+        row = {"step": step + 1} | {name: float(value) for name, value in values.items()}
+        self.evaluations.append(row)
+        self._write([row | {"seconds": round(time.monotonic() - self.began, 3)}])
+
+    def flush(self):
+        """Bring the metrics of the steps since the last flush to the host, check and log them."""
+        loss = math.nan
+        lines = []
+        fetched = jax.device_get([metrics for _, _, metrics in self.waiting])
+        for (step, epoch, _), metrics in zip(self.waiting, fetched, strict=True):
+            row = {"step": step, "epoch": epoch} | {k: float(v) for k, v in metrics.items()}
+            loss = row["loss"]
+            bad = not (math.isfinite(loss) and math.isfinite(row["gradient_norm"]))
+            self.rows.append(row)
+            if bad or (step + 1) % self.log_every == 0:
+                lines.append(row | {"seconds": round(time.monotonic() - self.began, 3)})
+            if bad:
+                self._write(lines)
+                self._stop(step, f"loss {loss} and gradient norm {row['gradient_norm']}")
+        self._write(lines)
+        self.waiting = []
+        self.flushed = time.monotonic()
+        return loss
+
+    def _write(self, lines):
+        if self.log is None or not lines:
+            return
+        with self.log.open("a") as file:
+            for line in lines:
+                # JSON has no NaN: what is not finite is written as null.
+                clean = {
+                    k: None if isinstance(v, float) and not math.isfinite(v) else v
+                    for k, v in line.items()
+                }
+                file.write(json.dumps(clean) + "\n")
+
+    def _stop(self, step, what):
+        good = None
+        where = "there is no checkpoint"
+        if self.checkpoint is not None and self.saved is not None:
+            good = (self.checkpoint.location, self.saved)
+            where = f"the last good checkpoint is step {self.saved} in {self.checkpoint.location}"
+        raise NonFiniteError(
+            f"fit: step {step} gave {what}; {where}. Lower the learning rate, clip the gradient "
+            "(optax.clip_by_global_norm) or look at that batch.",
+            step,
+            good,
+        )
+
+    def save(self, state):
+        self.flush()
+        step = int(state.step)
+        if not _all_finite(state.params):
+            self._stop(step - 1, "weights that are not finite after the update")
+        self.checkpoint.save(step, state, self.record)
+        self.saved = step
+
+    def history(self):
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        return {name: np.array([row.get(name, math.nan) for row in self.rows]) for name in names}
+
+
+@jax.jit
+def _finite(params):
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]).all()
+
+
+def _all_finite(params: PyTree) -> bool:
+    return not jax.tree.leaves(params) or bool(_finite(params))
+
+
+def _cut_log(log: pathlib.Path, start: int) -> None:
+    """Keep the lines of the steps before `start`, which this run will not write again."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if start and log.exists():
+        for line in log.read_text().splitlines():
+            try:
+                row = json.loads(line)
+                if row["step"] < start or (row["step"] == start and "loss" not in row):
+                    kept.append(line + "\n")
+            except (json.JSONDecodeError, KeyError):
+                break  # a kill can leave half a line; nothing good comes after it
+    log.write_text("".join(kept))
