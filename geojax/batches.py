@@ -5,6 +5,7 @@ batch and averaged here with weights that count examples. No other module loops 
 """
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
@@ -26,6 +27,7 @@ __all__ = [
     "place",
     "prefetch",
     "split",
+    "take",
     "weighted_mean",
 ]
 
@@ -266,6 +268,23 @@ def as_batches(batches: Any) -> Any:
         f"batches: got {type(batches).__name__}; expected one batch (a pytree of arrays) or a "
         "re-iterable of batches."
     )
+
+
+class _First:
+    """The first batches of a re-iterable."""
+
+    def __init__(self, source: Any, num_batches: int):
+        self.source, self.num_batches = source, num_batches
+
+    def __iter__(self) -> Iterator[PyTree]:
+        return itertools.islice(iter(self.source), self.num_batches)
+
+
+def take(batches: Any, num_batches: int) -> Any:
+    """The first `num_batches` batches, re-iterable: a subset for statistics or a quick look."""
+    if not isinstance(num_batches, (int, np.integer)) or num_batches < 1:
+        raise ValueError(f"num_batches is {num_batches!r}; expected a positive integer.")
+    return _Stream(_First(as_batches(batches), int(num_batches)))
 
 
 def place(batch: PyTree, mesh: Mesh | NamedSharding | None) -> list[PyTree]:

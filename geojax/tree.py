@@ -425,6 +425,7 @@ def random_like(
 def _placed_like(values: jax.Array, leaf: Any) -> jax.Array:
     """`values` in the sharding of `leaf`, where that is known here."""
     if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
-        return jax.device_put(values, leaf.sharding)
+        # What is committed to no device stays so, free to join arrays on a mesh.
+        return jax.device_put(values, leaf.sharding) if leaf.committed else values
     sharding = _explicit(leaf)
     return values if sharding is None else jax.sharding.reshard(values, sharding)
