@@ -6,7 +6,7 @@ Importing this package starts no backend and loads no optional dependency.
 
 from importlib.metadata import version as _version
 
-from geojax import batches, fit, progress, statistics, tree
+from geojax import batches, fit, progress, statistics, surface, tree
 
 __version__ = _version("geojax")
-__all__ = ["__version__", "batches", "fit", "progress", "statistics", "tree"]
+__all__ = ["__version__", "batches", "fit", "progress", "statistics", "surface", "tree"]

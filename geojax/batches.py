@@ -351,7 +351,11 @@ def prefetch(
     """
     waiting = None
     for batch in batches:
-        ready = [jax.device_put(batch)] if mesh is None else place(batch, mesh)
+        # On the CPU there is nowhere to send it, and a jitted function takes host arrays faster.
+        if mesh is None:
+            ready = [batch if jax.default_backend() == "cpu" else jax.device_put(batch)]
+        else:
+            ready = place(batch, mesh)
         if waiting is not None:
             yield waiting
         waiting = ready
@@ -494,34 +498,88 @@ def weighted_mean(terms: Iterable[tuple[PyTree, Any]]) -> PyTree:
     return _divide(sums, weight)
 
 
+# Compiled programs of a function, dropped with it: its term in a running sum, and its scans.
+_PROGRAMS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _sum_programs(fn: Callable) -> tuple[Callable, Callable]:
+    """`zero(args, batch)` and `add(total, weight, args, batch) -> (total, token)` for a function.
+
+    The sum shares the program of the gradient, which spares a pass over memory for each batch. The
+    token tells when the step is done, as `total` itself is donated to the next.
+    """
+    programs = _PROGRAMS.setdefault(fn, {})
+    if "sum" not in programs:
+        ref = weakref.ref(fn)
+
+        def term(weight, args, batch):
+            return _first(jax.jit(ref())(*args, batch), weight)  # type: ignore[arg-type]
+
+        @jax.jit
+        def zero(args, batch):
+            shapes = jax.eval_shape(lambda: term(1, args, batch))
+            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def add(total, weight, args, batch):
+            total = jax.tree.map(jnp.add, total, term(weight, args, batch))
+            return total, jnp.asarray(weight) + 0
+
+        programs["sum"] = zero, add
+    return programs["sum"]
+
+
+def _on_one_device(*trees: PyTree) -> bool:
+    return not any(
+        isinstance(x, Tracer) or (isinstance(x, jax.Array) and len(x.sharding.device_set) > 1)
+        for x in jax.tree.leaves(trees)
+    )
+
+
 def _host_mean(fn, source, weight_fn, mesh, progress, args):
     # jax.jit finds the compiled function again by the identity of `fn`.
     compiled = jax.jit(fn)
     weigh = num_examples if weight_fn is None else jax.jit(weight_fn)
     num_batches = len(source) if hasattr(getattr(source, "source", source), "__len__") else None
 
-    def terms():
-        before = None
+    def weighted_batches():
         for done, pieces in enumerate(prefetch(source, mesh), start=1):
             for batch in pieces:
-                value = compiled(*args, batch)
-                yield value, weigh(batch)
-                # The host runs at most one batch ahead, or a fast reader would fill the memory.
-                if before is not None:
-                    jax.block_until_ready(before)
-                before = [x for x in jax.tree.leaves(value)[:1] if not isinstance(x, Tracer)]
+                yield batch, weigh(batch)
             if progress is not None:
                 progress(done, num_batches)
 
-    return weighted_mean(terms())
+    def terms():
+        before = None
+        for batch, weight in weighted_batches():
+            value = compiled(*args, batch)
+            yield value, weight
+            # The host runs at most one batch ahead, or a fast reader would fill the memory.
+            jax.block_until_ready(before)
+            before = [x for x in jax.tree.leaves(value)[:1] if not isinstance(x, Tracer)]
 
-
-_SCANS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+    # A sharded sum takes its sharding from the terms, and one term keeps its value to the last bit.
+    if num_batches == 1 or mesh is not None or not _on_one_device(args):
+        return weighted_mean(terms())
+    zero, add = _sum_programs(fn)
+    total, token = None, None
+    for batch, weight in weighted_batches():
+        if total is None:
+            if not _on_one_device(batch):
+                return weighted_mean(terms())
+            total = zero(args, batch)
+        before = token
+        total, token = add(total, weight, args, batch)
+        jax.block_until_ready(before)
+    assert total is not None
+    if weight_fn is not None:
+        _nonzero(total[1])
+    return _divide(*total)
 
 
 def _scan_mean(fn, source, weight_fn, mesh, progress, args):
     del mesh
-    per_fn = _SCANS.setdefault(fn, {})
+    per_fn = _PROGRAMS.setdefault(fn, {})
     slot = (None if weight_fn is None else weakref.ref(weight_fn), source.batch_size)
     if slot not in per_fn:
         per_fn[slot] = jax.jit(

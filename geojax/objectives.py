@@ -1,0 +1,93 @@
+"""The losses and metrics of a network on a batch of examples, from its `apply_fn` alone."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["loss", "metrics"]
+
+PyTree = Any
+Task = Literal["classification", "regression"]
+
+
+def _examples(batch: PyTree) -> tuple[PyTree, jax.Array]:
+    if isinstance(batch, dict) and {"inputs", "labels"} <= set(batch):
+        return batch["inputs"], batch["labels"]
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise ValueError(
+        "objectives: expected batches (inputs, labels) or dicts with these two entries, got "
+        f"{jax.tree.structure(batch)}."
+    )
+
+
+def _per_example(outputs: jax.Array, labels: jax.Array, task: Task) -> jax.Array:
+    import optax
+
+    outputs = outputs.astype(jnp.float32)
+    if task == "classification":
+        return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+    labels = labels.reshape(outputs.shape).astype(jnp.float32)
+    return jnp.sum(jnp.square(outputs - labels).reshape(len(outputs), -1), axis=1)
+
+
+def _check(task: str) -> None:
+    if task not in ("classification", "regression"):
+        raise ValueError(f"task is {task!r}; expected 'classification' or 'regression'.")
+
+
+def loss(
+    apply_fn: Callable[..., Any], state: PyTree, task: Task = "classification"
+) -> Callable[[PyTree, PyTree, jax.Array], jax.Array]:
+    """The training loss of a network, as `fit` takes it: `(params, batch, key) -> scalar`.
+
+    The model runs in train mode: normalised by its batch, with dropout drawn from `key`. Running
+    statistics are not tracked along the way; `statistics.refresh` computes them at the end.
+
+    Args:
+        apply_fn: `apply_fn(params, state, inputs, train, key) -> (outputs, new_state)`.
+        state: A state of the network; only its shapes matter in train mode.
+        task: 'classification': softmax cross-entropy in nats, with integer labels `(n, ...)` and
+            outputs `(n, ..., classes)`. 'regression': squared error summed over an example's
+            outputs.
+
+    Returns:
+        The loss function; the mean over the batch.
+    """
+    _check(task)
+
+    def loss_fn(params: PyTree, batch: PyTree, key: jax.Array) -> jax.Array:
+        inputs, labels = _examples(batch)
+        outputs, _ = apply_fn(params, state, inputs, True, key)
+        return jnp.mean(_per_example(outputs, labels, task))
+
+    return loss_fn
+
+
+def metrics(
+    apply_fn: Callable[..., Any], task: Task = "classification"
+) -> Callable[[PyTree, PyTree, PyTree], dict[str, jax.Array]]:
+    """What to measure of a network in evaluation mode: `(params, state, batch) -> dict`.
+
+    Args:
+        apply_fn: `apply_fn(params, state, inputs, train) -> (outputs, state)`.
+        task: As for `loss`.
+
+    Returns:
+        A function for `batches.mean` and `surface.line`, giving means over the batch: 'loss', and
+        for classification 'error', the fraction of wrong labels.
+    """
+    _check(task)
+
+    def metrics_fn(params: PyTree, state: PyTree, batch: PyTree) -> dict[str, jax.Array]:
+        inputs, labels = _examples(batch)
+        outputs, _ = apply_fn(params, state, inputs, False)
+        found = {"loss": jnp.mean(_per_example(outputs, labels, task))}
+        if task == "classification":
+            wrong = jnp.argmax(outputs, axis=-1).astype(labels.dtype) != labels
+            found["error"] = jnp.mean(wrong.astype(jnp.float32))
+        return found
+
+    return metrics_fn

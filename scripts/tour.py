@@ -1,0 +1,229 @@
+"""The tour: two networks on real digits, the line between them, and a report page.
+
+Trains on the 1797 handwritten digits that scikit-learn carries, so it needs no download. Everything
+that it prints is also in the report, with each figure as PNG and the data behind it as NPZ.
+"""
+
+import dataclasses
+import pathlib
+import time
+
+import jax
+import numpy as np
+import optax
+import tyro
+
+import geojax
+from geojax import batches, checkpoint, datasets, fit, models, objectives, plot, report
+
+from geojax import statistics, surface  # isort: skip
+
+BATCH_SIZE, EPOCHS, RATE, DECAY = 128, 100, 0.05, 5e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the tour."""
+
+    out: pathlib.Path = pathlib.Path("out/tour")
+    """The folder for the report, its figures, their data, and the networks."""
+    seed: int = 0
+    """The seed; the networks are trained from this one and the next."""
+
+
+def train(model, data, seed, norm=None):
+    """One network: SGD with momentum, cosine to zero, 100 epochs."""
+    key_init, key_order, key_run = jax.random.split(jax.random.key(seed), 3)
+    params, state = model.init(key_init, data.train.inputs[:1])
+    # The two digits left over would make a step of their own, as large as the others and all noise.
+    source = batches.split(data.train, BATCH_SIZE, key=key_order, drop_remainder=True)
+    num_steps = EPOCHS * len(source)
+    optimizer = optax.chain(
+        optax.add_decayed_weights(DECAY),
+        optax.sgd(fit.warmup_cosine(RATE, num_steps), momentum=0.9),
+    )
+    loss_fn = objectives.loss(model.apply, state)
+    result = fit.fit(loss_fn, params, source, optimizer, num_steps, key=key_run)
+    return result, statistics.refresh(model.apply, result.params, state, data.train)
+
+
+def percent(error, count):
+    """A fraction of `count` examples in percent, with its binomial standard error."""
+    return f"{100 * error:.2f} ± {100 * np.sqrt(error * (1 - error) / count):.2f} %"
+
+
+def networks(page, data, model, options, seeds):
+    """Chapter 1: two networks, trained and measured."""
+    page.chapter(
+        "Two networks",
+        f"Two networks of the same kind, with {' and '.join(map(str, options['widths']))} hidden "
+        "units and ReLU between them, are trained from seeds "
+        f" {seeds[0]} and {seeds[1]} on {len(data.train.labels)} digits: SGD with "
+        f"momentum 0.9, weight decay {DECAY}, learning rate {RATE} falling to zero along a cosine, "
+        f"{EPOCHS} epochs in batches of {BATCH_SIZE}. The {len(data.test.labels)} test digits are "
+        "used for nothing but the figures below; the ± is the binomial standard error of a test "
+        "error.",
+    )
+    measure = {
+        name: batches.mean(objectives.metrics(model.apply), part)
+        for name, part in (("train", data.train), ("test", data.test))
+    }
+    trained, rows, lines = [], [], {}
+    for seed in seeds:
+        result, state = train(model, data, seed)
+        trained.append(result.params)
+        found = {name: fn(result.params, state) for name, fn in measure.items()}
+        rows.append(
+            {
+                "seed": seed,
+                "train loss": float(found["train"]["loss"]),
+                "test loss": float(found["test"]["loss"]),
+                "train error": f"{float(found['train']['error']):.2%}",
+                "test error": percent(float(found["test"]["error"]), len(data.test.labels)),
+                "weights": f"{sum(x.size for x in jax.tree.leaves(result.params)):,}",
+            }
+        )
+        per_epoch = result.history["loss"].reshape(EPOCHS, -1).mean(1)
+        lines[f"seed {seed}"] = (np.arange(1, EPOCHS + 1), per_epoch)
+        checkpoint.save_network(
+            page.folder / f"network-{seed}", result.params, state, model="mlp", options=options,
+            dataset=data.name, seed=seed,
+        )  # fmt: skip
+    page.table(rows)
+    print(f"\nTwo networks\n{report.text_table(rows)}")
+    figure = plot.curves(
+        [{"x": "epoch", "y": "training loss (nats)", "lines": lines, "log": True}], size=(4.6, 2.8)
+    )
+    page.figure(
+        "training", plot.png(figure), "Training loss, averaged over each epoch.",
+        {"epoch": lines[f"seed {seeds[0]}"][0]}
+        | {f"loss_seed_{seed}": lines[f"seed {seed}"][1] for seed in seeds},
+    )  # fmt: skip
+    return trained
+
+
+def straight_line(page, data, model, trained):
+    """Chapter 2: loss and error on the segment between the two."""
+    ts = np.linspace(0, 1, 31)
+    metrics_fn = objectives.metrics(model.apply)
+    on = {
+        name: surface.line(lambda params, batch: metrics_fn(params, {}, batch), *trained, part, ts)
+        for name, part in (("train", data.train), ("test", data.test))
+    }
+    rows = []
+    for name, line in on.items():
+        for metric in ("loss", "error"):
+            found = surface.barrier(line.ts, line.values[metric])
+            show = "{:.4f}".format if metric == "loss" else "{:.2%}".format
+            rows.append(
+                {
+                    "on the segment": f"{name} {metric}",
+                    "at t=0": show(found.start),
+                    "at t=1": show(found.end),
+                    "highest": show(found.highest),
+                    "barrier": show(found.height),
+                    "at t": f"{found.t:.2f}",
+                }
+            )
+    page.chapter(
+        "The straight line between them",
+        "Loss and error of (1 - t) a + t b. The barrier is the largest rise above the chord "
+        f"between the two ends. The networks are {on['train'].distance:.1f} apart. Both solve the "
+        "task, and the segment between them does not: they lie in different valleys, or in "
+        "different orderings of the same one.",
+    )
+    page.table(rows)
+    print(
+        f"\nThe straight line between them, {on['train'].distance:.1f} long\n"
+        f"{report.text_table(rows)}"
+    )
+    panels = [
+        {
+            "x": "position t on the segment",
+            "y": label,
+            "percent": metric == "error",
+            "lines": {name: (line.ts, line.values[metric]) for name, line in on.items()},
+        }
+        for metric, label in (("loss", "loss (nats)"), ("error", "error"))
+    ]
+    page.figure(
+        "line",
+        plot.png(plot.curves(panels)),
+        "Loss (left) and fraction of wrong digits (right) on the segment between two networks.",
+        {"t": ts}
+        | {
+            f"{n}_{metric}": line.values[metric] for n, line in on.items() for metric in line.values
+        },
+    )
+
+
+def normalisation(page, data, options, seeds):
+    """Chapter 3: a network with BatchNorm is wrong at a new point until refreshed."""
+    model = models.build("mlp", **options, norm="batch")
+    (first, state), (second, _) = (train(model, data, seed) for seed in seeds)
+    ts = np.linspace(0, 1, 11)
+    metrics_fn = objectives.metrics(model.apply)
+    ends = (first.params, second.params)
+
+    def along(state_fn):
+        return surface.line(metrics_fn, *ends, data.test, ts, state_fn=state_fn)
+
+    stale = along(lambda params: state)
+    fresh = along(lambda params: statistics.refresh(model.apply, params, state, data.train))
+    rows = [
+        {
+            "t": t,
+            "statistics of t=0": percent(stale.values["error"][i], len(data.test.labels)),
+            "refreshed": percent(fresh.values["error"][i], len(data.test.labels)),
+        }
+        for i, t in enumerate(np.round(ts, 2).tolist())
+        if i in (0, 2, 5, 8, 10)
+    ]
+    page.chapter(
+        "Normalisation statistics belong to a point",
+        "The same two seeds with BatchNorm. On the way from one network to the other the running "
+        "statistics of the first are wrong, at the second network itself too. Refreshing computes "
+        "those of each point exactly, from the training data. Test error along the segment:",
+    )
+    page.table(rows)
+    print(f"\nBatchNorm: test error along the line\n{report.text_table(rows)}")
+    panel = {
+        "x": "position t on the segment",
+        "y": "test error",
+        "percent": True,
+        "lines": {
+            "statistics of t=0": (ts, stale.values["error"]),
+            "refreshed": (ts, fresh.values["error"]),
+        },
+    }
+    page.figure(
+        "normalisation",
+        plot.png(plot.curves([panel], size=(4.6, 2.8))),
+        "Test error on the segment between two networks with BatchNorm.",
+        {"t": ts, "stale_error": stale.values["error"], "refreshed_error": fresh.values["error"]},
+    )
+
+
+def main(options: Options) -> None:
+    start = time.perf_counter()
+    device = jax.devices()[0]
+    facts = (
+        f"geojax {geojax.__version__}, jax {jax.__version__}, {len(jax.devices())} "
+        f"{device.platform} device(s) ({device.device_kind}), seed {options.seed}"
+    )
+    page = report.Report(options.out, "A tour of geojax on handwritten digits", facts)
+    print(facts)
+    # Section 6 of the calibration: 898 training digits, 899 test digits, nothing held out.
+    data = datasets.load("digits", validation=0)
+    model_options = {"widths": [64, 64], "num_classes": 10}
+    model = models.build("mlp", **model_options)
+    seeds = (options.seed, options.seed + 1)
+    trained = networks(page, data, model, model_options, seeds)
+    straight_line(page, data, model, trained)
+    normalisation(page, data, model_options, seeds)
+    path = page.write()
+    print(f"\n{path.resolve()}  ({time.perf_counter() - start:.0f} s)")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

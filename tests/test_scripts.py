@@ -1,0 +1,141 @@
+"""The programs as a person runs them: help, a run, a kill and going on, errors, the tour."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from geojax import batches, checkpoint, datasets, objectives
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TRAIN = [sys.executable, str(ROOT / "scripts" / "train.py")]
+
+
+def run(arguments, **options):
+    return subprocess.run(arguments, capture_output=True, text=True, **options)
+
+
+def script(name):
+    """A script as a module, so that its runs share this process and its compiled functions."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def kernels(network):
+    return {name: np.asarray(layer["kernel"]) for name, layer in network.params.items()}
+
+
+def test_a_killed_run_goes_on_with_the_same_command_and_ends_with_the_same_bits(tmp_path, capsys):
+    train = script("train")
+    small = {"model_options": '{"widths": [16], "dropout": 0.1}', "epochs": 20}
+    process = subprocess.Popen(
+        [*TRAIN, "--model-options", small["model_options"], "--epochs", "20"]
+        + ["--out", str(tmp_path / "killed")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    train.main(train.Options(**small, out=tmp_path / "whole"))
+    log = tmp_path / "killed" / "log.jsonl"
+    for _ in range(1200):
+        written = log.read_text().count("validation_loss") if log.exists() else 0
+        if written >= 3 or process.poll() is not None:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    train.main(train.Options(**small, out=tmp_path / "killed"))
+    assert "went on from step" in capsys.readouterr().out
+
+    whole, killed = (checkpoint.load_network(tmp_path / n / "network") for n in ("whole", "killed"))
+    for name, kernel in kernels(whole).items():
+        assert kernel.tobytes() == kernels(killed)[name].tobytes()
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(120))
+    # The checkpoint rebuilds the model, and the result is that of the model on its data.
+    test = datasets.load("digits").test
+    metrics_fn = objectives.metrics(whole.build().apply)
+    found = batches.mean(metrics_fn, test)(whole.params, whole.state)
+    (*_, result) = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert result["part"] == "test"
+    assert float(found["error"]) == pytest.approx(result["error"], abs=1e-6)
+    assert result["error"] < 0.1
+    with pytest.raises(SystemExit, match="seed is 0 there and 5 here"):
+        train.main(train.Options(**small, seed=5, out=tmp_path / "killed"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dataset": "mnst"}, "mnst"),
+        ({"model": "mlpp"}, "there is no model 'mlpp'"),
+        ({"model_options": '{"width": 3}'}, "has no option 'width'"),
+        ({"model_options": "{width"}, "no JSON object"),
+        ({"dataset": "two_spirals", "augment": "affine"}, "is for images"),
+    ],
+)
+def test_a_mistake_is_answered_before_anything_is_written(options, says, tmp_path):
+    train = script("train")
+    with pytest.raises((ValueError, SystemExit), match=says):
+        train.main(train.Options(**options, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_data_are_answered_in_a_sentence(tmp_path):
+    nowhere = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    arguments = ["--dataset", "mnist", "--data-dir", "/nowhere", "--out", str(tmp_path / "out")]
+    found = run([*TRAIN, *arguments], env=nowhere)
+    assert found.returncode == 1
+    assert "/nowhere" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("dataset", ["two_spirals", "regression_1d"])
+def test_every_kind_of_task_trains(dataset, tmp_path):
+    train = script("train")
+    train.main(
+        train.Options(
+            dataset=dataset, model_options='{"widths": [8], "norm": "batch"}', epochs=2,
+            batch_size=32, out=tmp_path,
+        )
+    )  # fmt: skip
+    (*_, test) = json.loads((tmp_path / "result.json").read_text())
+    assert np.isfinite(test["loss"])
+    assert ("error" in test) == (dataset == "two_spirals")
+
+
+def test_help_gives_every_option_and_its_default():
+    found = run([*TRAIN, "--help"])
+    assert found.returncode == 0
+    text = " ".join(found.stdout.split())
+    for option, default in (("--batch-size", "128"), ("--learning-rate", "0.05"), ("--seed", "0")):
+        assert option in text
+        assert f"(default: {default})" in text
+
+
+def test_the_tour_writes_a_page_with_its_figures_and_their_data(tmp_path):
+    found = run([sys.executable, str(ROOT / "scripts" / "tour.py"), "--out", str(tmp_path)])
+    assert found.returncode == 0, found.stderr
+    page = (tmp_path / "report.html").read_text()
+    for name in ("training", "line", "normalisation"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert f"{name}.npz" in page
+    assert page.count("data:image/png;base64,") == 3
+    assert "http://" not in page
+    assert "https://" not in page
+    line = np.load(tmp_path / "line.npz")
+    assert line["train_loss"].max() > 0.4  # the segment of two digits networks has a barrier
+    assert line["test_error"][[0, -1]].max() < 0.04
+    # Row N6: at t=1/2 and t=1 the statistics of t=0 are 3 points or more worse than refreshed ones.
+    norm = np.load(tmp_path / "normalisation.npz")
+    for i in (5, 10):
+        assert norm["stale_error"][i] - norm["refreshed_error"][i] >= 0.03
+    assert norm["stale_error"][0] == norm["refreshed_error"][0]
