@@ -6,7 +6,34 @@ Importing this package starts no backend and loads no optional dependency.
 
 from importlib.metadata import version as _version
 
-from geojax import batches, fit, progress, statistics, surface, tree
+from geojax import (
+    batches,
+    checkpoint,
+    datasets,
+    fit,
+    models,
+    objectives,
+    plot,
+    progress,
+    report,
+    statistics,
+    surface,
+    tree,
+)
 
 __version__ = _version("geojax")
-__all__ = ["__version__", "batches", "fit", "progress", "statistics", "surface", "tree"]
+__all__ = [
+    "__version__",
+    "batches",
+    "checkpoint",
+    "datasets",
+    "fit",
+    "models",
+    "objectives",
+    "plot",
+    "progress",
+    "report",
+    "statistics",
+    "surface",
+    "tree",
+]

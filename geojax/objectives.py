@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-__all__ = ["loss", "metrics"]
+__all__ = ["loss", "metrics", "metrics_with_state"]
 
 PyTree = Any
 Task = Literal["classification", "regression"]
@@ -67,18 +67,28 @@ def loss(
 
 
 def metrics(
-    apply_fn: Callable[..., Any], task: Task = "classification"
-) -> Callable[[PyTree, PyTree, PyTree], dict[str, jax.Array]]:
-    """What to measure of a network in evaluation mode: `(params, state, batch) -> dict`.
+    apply_fn: Callable[..., Any], state: PyTree, task: Task = "classification"
+) -> Callable[[PyTree, PyTree], dict[str, jax.Array]]:
+    """What to measure of a network in evaluation mode: `(params, batch) -> dict`.
 
     Args:
         apply_fn: `apply_fn(params, state, inputs, train) -> (outputs, state)`.
+        state: The state to evaluate with, `{}` for a network without. With normalisation statistics
+            it belongs to one point: elsewhere use `metrics_with_state`.
         task: As for `loss`.
 
     Returns:
         A function for `batches.mean` and `surface.line`, giving means over the batch: 'loss', and
         for classification 'error', the fraction of wrong labels.
     """
+    with_state = metrics_with_state(apply_fn, task)
+    return lambda params, batch: with_state(params, state, batch)
+
+
+def metrics_with_state(
+    apply_fn: Callable[..., Any], task: Task = "classification"
+) -> Callable[[PyTree, PyTree, PyTree], dict[str, jax.Array]]:
+    """`metrics` at points that have a state each: `(params, state, batch) -> dict`."""
     _check(task)
 
     def metrics_fn(params: PyTree, state: PyTree, batch: PyTree) -> dict[str, jax.Array]:

@@ -65,7 +65,7 @@ def networks(page, data, model, options, seeds):
         "error.",
     )
     measure = {
-        name: batches.mean(objectives.metrics(model.apply), part)
+        name: batches.mean(objectives.metrics_with_state(model.apply), part)
         for name, part in (("train", data.train), ("test", data.test))
     }
     trained, rows, lines = [], [], {}
@@ -105,9 +105,9 @@ def networks(page, data, model, options, seeds):
 def straight_line(page, data, model, trained):
     """Chapter 2: loss and error on the segment between the two."""
     ts = np.linspace(0, 1, 31)
-    metrics_fn = objectives.metrics(model.apply)
+    metrics_fn = objectives.metrics(model.apply, {})
     on = {
-        name: surface.line(lambda params, batch: metrics_fn(params, {}, batch), *trained, part, ts)
+        name: surface.line(metrics_fn, *trained, part, ts)
         for name, part in (("train", data.train), ("test", data.test))
     }
     rows = []
@@ -162,7 +162,7 @@ def normalisation(page, data, options, seeds):
     model = models.build("mlp", **options, norm="batch")
     (first, state), (second, _) = (train(model, data, seed) for seed in seeds)
     ts = np.linspace(0, 1, 11)
-    metrics_fn = objectives.metrics(model.apply)
+    metrics_fn = objectives.metrics_with_state(model.apply)
     ends = (first.params, second.params)
 
     def along(state_fn):

@@ -153,7 +153,7 @@ def main(options: Options) -> None:
         f"{num_steps} steps"
     )
     on_train = batches.split(clean.train, 1000)
-    metrics_fn = objectives.metrics(model.apply, task)
+    metrics_fn = objectives.metrics_with_state(model.apply, task)
     held_out = clean.validation if len(clean.validation.labels) else clean.train
     on_validation = batches.mean(metrics_fn, batches.split(held_out, 1000))
     name = "validation" if held_out is clean.validation else "train"

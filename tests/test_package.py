@@ -4,14 +4,17 @@ import doctest
 import importlib
 import pathlib
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
 import types
 
+import jax
 import pytest
 
 import geojax
+from geojax import surface
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OPTIONAL = (
@@ -80,6 +83,19 @@ def test_the_list_of_names_in_the_docs_is_up_to_date():
         capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_the_examples_in_the_documentation_run(page):
+    # As a person types them: without the strict promotion rules of these tests.
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    assert blocks
+    names: dict = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in blocks:
+            exec(block, names)
+    if page == "README.md":
+        assert surface.barrier(names["line"].ts, names["line"].values["loss"]).height > 0.2
 
 
 def test_nothing_in_the_library_uses_global_randomness_or_config():

@@ -62,8 +62,8 @@ def test_a_killed_run_goes_on_with_the_same_command_and_ends_with_the_same_bits(
     assert [row["step"] for row in rows if "loss" in row] == list(range(120))
     # The checkpoint rebuilds the model, and the result is that of the model on its data.
     test = datasets.load("digits").test
-    metrics_fn = objectives.metrics(whole.build().apply)
-    found = batches.mean(metrics_fn, test)(whole.params, whole.state)
+    metrics_fn = objectives.metrics(whole.build().apply, whole.state)
+    found = batches.mean(metrics_fn, test)(whole.params)
     (*_, result) = json.loads((tmp_path / "whole" / "result.json").read_text())
     assert result["part"] == "test"
     assert float(found["error"]) == pytest.approx(result["error"], abs=1e-6)
