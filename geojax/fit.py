@@ -268,7 +268,41 @@ class _Parts(NamedTuple):
     update: Callable
 
 
-def _make_parts(loss_fn, optimizer, *, has_metrics, regularizer, transform, frozen) -> _Parts:
+class _Compiled(NamedTuple):
+    """The jitted steps of a run."""
+
+    whole: Callable  # one batch: gradient and update in one program
+    gradient: Callable  # of one of several batches
+    update: Callable  # by their mean
+
+
+def _compile(loss_fn, optimizer, has_metrics, regularizer, transform, frozen) -> _Compiled:
+    """The steps for these functions; made once, so that another run does not compile again."""
+    try:
+        return _cached(loss_fn, optimizer, has_metrics, regularizer, transform, frozen)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+    return _cached.__wrapped__(loss_fn, optimizer, has_metrics, regularizer, transform, frozen)
+
+
+@functools.lru_cache(maxsize=16)
+def _cached(loss_fn, optimizer, has_metrics, regularizer, transform, frozen) -> _Compiled:
+    parts = _make_parts(loss_fn, optimizer, has_metrics, regularizer, transform, frozen)
+
+    def gradient(state, batch, index):
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), index)
+        return parts.gradient(state.params, batch, key)
+
+    def whole(state, batch):
+        return parts.update(state, gradient(state, batch, 0))
+
+    return _Compiled(
+        jax.jit(whole, donate_argnums=0), jax.jit(gradient), jax.jit(parts.update, donate_argnums=0)
+    )
+
+
+def _make_parts(loss_fn, optimizer, has_metrics, regularizer, transform, frozen) -> _Parts:
     import optax
 
     takes_key = _takes_key(loss_fn)
@@ -336,14 +370,7 @@ def make_step(
     It can be jitted, vmapped over stacked states, or scanned. The arguments are those of `fit`. Its
     cost is one gradient, one optimiser update and, with `regularizer`, that gradient.
     """
-    parts = _make_parts(
-        loss_fn,
-        optimizer,
-        has_metrics=has_metrics,
-        regularizer=regularizer,
-        transform=transform,
-        frozen=frozen,
-    )
+    parts = _make_parts(loss_fn, optimizer, has_metrics, regularizer, transform, frozen)
 
     def step(state: FitState, batch: PyTree) -> tuple[FitState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)
@@ -445,20 +472,13 @@ def fit(
     source = batches_.as_batches(batches)
     state = init(params, optimizer, key=key)
     _frozen_masks(frozen, params)
-    parts = _make_parts(
-        loss_fn,
-        optimizer,
-        has_metrics=has_metrics,
-        regularizer=regularizer,
-        transform=transform,
-        frozen=frozen,
-    )
+    steps = _compile(loss_fn, optimizer, has_metrics, regularizer, transform, frozen)
     record = {"source": source.fingerprint()} if isinstance(source, batches_.Batches) else {}
     record |= {"key": jax.random.key_data(key).tolist(), "accumulate": int(accumulate)}
     if checkpoint is not None and checkpoint.latest() is not None:
         state = _resume(checkpoint, state, record, num_steps)
     start = int(state.step)
-    run = _Run(parts, checkpoint, record, log, log_every, start)
+    run = _Run(steps, checkpoint, record, log, log_every, start)
     feed = _feed(source, int(state.epoch), int(state.batch), accumulate, mesh)
     position = (start, int(state.epoch), int(state.batch))
     with progress_.bar(num_steps, "fit", show=progress) as bar:
@@ -537,7 +557,8 @@ def _feed(
 class _Run:
     """One call of `fit`: its compiled step, its metrics on their way to the host, its log."""
 
-    def __init__(self, parts, checkpoint, record, log, log_every, start):
+    def __init__(self, steps, checkpoint, record, log, log_every, start):
+        self.steps = steps
         self.checkpoint, self.record, self.log_every = checkpoint, record, log_every
         self.log = None if log is None else pathlib.Path(log)
         self.rows: list[dict[str, float]] = []
@@ -548,27 +569,15 @@ class _Run:
         if self.log is not None:
             _cut_log(self.log, start)
 
-        @functools.partial(jax.jit, donate_argnums=0)
-        def whole(state, batch):
-            key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)
-            return parts.update(state, parts.gradient(state.params, batch, key))
-
-        @jax.jit
-        def gradient(state, batch, index):
-            key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), index)
-            return parts.gradient(state.params, batch, key)
-
-        self._whole, self._gradient = whole, gradient
-        self._update = jax.jit(parts.update, donate_argnums=0)
-
     def step(self, state, pieces, weight_fn):
         if len(pieces) == 1:
-            return self._whole(state, pieces[0])
+            return self.steps.whole(state, pieces[0])
         weigh = weight_fn or batches_.num_examples
-        return self._update(
+        return self.steps.update(
             state,
             batches_.weighted_mean(
-                (self._gradient(state, piece, i), weigh(piece)) for i, piece in enumerate(pieces)
+                (self.steps.gradient(state, piece, i), weigh(piece))
+                for i, piece in enumerate(pieces)
             ),
         )
 

@@ -69,7 +69,7 @@ def leaves(state, layer=0):
 
 
 @pytest.mark.parametrize("order", ["sorted", "shuffled"])
-@pytest.mark.parametrize("size", [1, 7, 20, 60, 100])
+@pytest.mark.parametrize("size", [1, 7, 60])
 @pytest.mark.parametrize("method", ["exact", "batchwise"])
 def test_one_layer_gets_the_mean_and_total_variance_of_the_whole_set(order, size, method):
     apply, params, state = linen(momentum=0.9)
@@ -82,7 +82,7 @@ def test_one_layer_gets_the_mean_and_total_variance_of_the_whole_set(order, size
     np.testing.assert_allclose(var, exact.var(0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("momentum", [0.0, 0.999])
 def test_the_momentum_does_not_matter(momentum):
     apply, params, state = linen(momentum=momentum)
     mean, var = leaves(statistics.refresh(apply, params, state, batches.split(make_data(), 16)))
@@ -91,7 +91,7 @@ def test_the_momentum_does_not_matter(momentum):
 
 
 @pytest.mark.parametrize("order", ["sorted", "shuffled"])
-@pytest.mark.parametrize("size", [1, 8, 25])
+@pytest.mark.parametrize("size", [1, 25])
 def test_a_deep_network_gets_the_statistics_of_one_whole_batch_however_it_is_cut(order, size):
     apply, params, state = linen(depth=4, momentum=0.0)
     x = make_data(order=order)

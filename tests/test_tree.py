@@ -48,8 +48,8 @@ def test_partition_then_merge_is_the_tree_also_with_leaves_that_are_no_arrays():
     assert tree.merge(selected, rest) == module
 
 
-@settings(max_examples=25, deadline=None)
-@given(n=st.integers(1, 9), seed=st.integers(0, 99))
+@settings(max_examples=12, deadline=None)
+@given(n=st.sampled_from([1, 2, 9]), seed=st.integers(0, 99))
 def test_combine_equals_numpy_in_float64(n, seed):
     r = np.random.default_rng(seed)
     points = {"a": r.normal(size=(n, 3, 2)).astype(np.float32), "b": r.normal(size=n).astype("f4")}
