@@ -31,20 +31,23 @@ class Options:
     """The seed; the networks are trained from this one and the next."""
 
 
-def train(model, data, seed, norm=None):
-    """One network: SGD with momentum, cosine to zero, 100 epochs."""
-    key_init, key_order, key_run = jax.random.split(jax.random.key(seed), 3)
-    params, state = model.init(key_init, data.train.inputs[:1])
-    # The two digits left over would make a step of their own, as large as the others and all noise.
-    source = batches.split(data.train, BATCH_SIZE, key=key_order, drop_remainder=True)
-    num_steps = EPOCHS * len(source)
+def train(model, data, seeds):
+    """Networks from several seeds: SGD with momentum, cosine to zero, 100 epochs."""
+    _, state = model.init(jax.random.key(0), data.train.inputs[:1])
+    num_steps = EPOCHS * (len(data.train.labels) // BATCH_SIZE)
+    # One loss and one optimizer, so that all seeds share the compiled step.
+    loss_fn = objectives.loss(model.apply, state)
     optimizer = optax.chain(
         optax.add_decayed_weights(DECAY),
         optax.sgd(fit.warmup_cosine(RATE, num_steps), momentum=0.9),
     )
-    loss_fn = objectives.loss(model.apply, state)
-    result = fit.fit(loss_fn, params, source, optimizer, num_steps, key=key_run)
-    return result, statistics.refresh(model.apply, result.params, state, data.train)
+    for seed in seeds:
+        key_init, key_order, key_run = jax.random.split(jax.random.key(seed), 3)
+        params, _ = model.init(key_init, data.train.inputs[:1])
+        # The two digits left over would make a step as large as the others, and all noise.
+        source = batches.split(data.train, BATCH_SIZE, key=key_order, drop_remainder=True)
+        result = fit.fit(loss_fn, params, source, optimizer, num_steps, key=key_run)
+        yield result, statistics.refresh(model.apply, result.params, state, data.train)
 
 
 def percent(error, count):
@@ -69,8 +72,7 @@ def networks(page, data, model, options, seeds):
         for name, part in (("train", data.train), ("test", data.test))
     }
     trained, rows, lines = [], [], {}
-    for seed in seeds:
-        result, state = train(model, data, seed)
+    for seed, (result, state) in zip(seeds, train(model, data, seeds), strict=True):
         trained.append(result.params)
         found = {name: fn(result.params, state) for name, fn in measure.items()}
         rows.append(
@@ -160,7 +162,7 @@ def straight_line(page, data, model, trained):
 def normalisation(page, data, options, seeds):
     """Chapter 3: a network with BatchNorm is wrong at a new point until refreshed."""
     model = models.build("mlp", **options, norm="batch")
-    (first, state), (second, _) = (train(model, data, seed) for seed in seeds)
+    (first, state), (second, _) = train(model, data, seeds)
     ts = np.linspace(0, 1, 11)
     metrics_fn = objectives.metrics_with_state(model.apply)
     ends = (first.params, second.params)

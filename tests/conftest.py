@@ -15,7 +15,9 @@ import pytest  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# The two workers compile the same small programs: one of them is enough.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(params=["auto", "explicit"])
@@ -29,3 +31,9 @@ def mesh(request):
 def rng():
     """A seeded NumPy generator."""
     return np.random.default_rng(0)
+
+
+def pytest_collection_modifyitems(items):
+    """The tests that start processes first, so that neither worker ends with a long one alone."""
+    first = ("test_scripts.py", "test_processes.py", "test_package.py")
+    items.sort(key=lambda item: item.path.name not in first)

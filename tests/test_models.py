@@ -1,8 +1,6 @@
 """The networks: published sizes, modes, options; and the adapters on modules of other people."""
 
-import doctest
 import functools
-import importlib
 import json
 import math
 import subprocess
@@ -130,13 +128,6 @@ def test_every_public_name_is_there_and_no_other():
         assert getattr(geojax.models, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = geojax.models.nothing
-
-
-@pytest.mark.parametrize("module", ["adapters", "registry"])
-def test_the_examples_in_the_docstrings_run(module):
-    result = doctest.testmod(importlib.import_module(f"geojax.models.{module}"))
-    assert result.attempted > 0
-    assert result.failed == 0
 
 
 # ------------------------------------------------------------------------------- published sizes

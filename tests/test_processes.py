@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import pathlib
 import socket
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from geojax import batches, fit, statistics
 
@@ -18,31 +18,31 @@ PROGRAM = inspect.cleandoc("""
     import json, sys
     import jax, jax.numpy as jnp, numpy as np, optax
     from jax.sharding import NamedSharding, PartitionSpec as P
-    port, rank, kind = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    port, rank = sys.argv[1], int(sys.argv[2])
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"localhost:{port}", 2, rank)
-    sys.path.insert(0, sys.argv[4])
+    sys.path.insert(0, sys.argv[3])
     import test_processes as shared
     from geojax import batches, fit, statistics, tree
-    axis = getattr(jax.sharding.AxisType, kind)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(axis,))
     x, y = shared.data()
     # Each process holds its half of every batch of eight.
     mine = np.arange(24).reshape(3, 2, 4)[:, rank].reshape(-1)
     source = batches.split({"x": x[mine], "y": y[mine]}, 4)
-    params = jax.device_put({"w": np.float32([0.3, -0.2, 0.1])}, NamedSharding(mesh, P()))
-    with jax.set_mesh(mesh):
-        gradient = batches.mean(jax.grad(shared.loss), source, mesh=mesh)(params)
-        trained = fit.fit(shared.loss, params, source, optax.sgd(0.05, 0.9), 7,
-                          key=jax.random.key(0), mesh=mesh)
-        state = statistics.refresh(shared.apply, params, shared.STATE, source, mesh=mesh,
-                                   inputs_fn=lambda b: b["x"])
-        out = {"gradient": np.asarray(gradient["w"]).tolist(),
-               "trained": np.asarray(trained.params["w"]).tolist(),
-               "loss": trained.history["loss"].tolist(),
-               "var": np.asarray(state["var"]).tolist()}
-    print("RESULT" + json.dumps(out))
+    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+        params = jax.device_put({"w": np.float32([0.3, -0.2, 0.1])}, NamedSharding(mesh, P()))
+        with jax.set_mesh(mesh):
+            gradient = batches.mean(jax.grad(shared.loss), source, mesh=mesh)(params)
+            trained = fit.fit(shared.loss, params, source, optax.sgd(0.05, 0.9), 7,
+                              key=jax.random.key(0), mesh=mesh)
+            state = statistics.refresh(shared.apply, params, shared.STATE, source, mesh=mesh,
+                                       inputs_fn=lambda b: b["x"])
+            out = {"gradient": np.asarray(gradient["w"]).tolist(),
+                   "trained": np.asarray(trained.params["w"]).tolist(),
+                   "loss": trained.history["loss"].tolist(),
+                   "var": np.asarray(state["var"]).tolist()}
+        print("RESULT" + json.dumps(out))
 """)
 
 STATE = {"mean": np.zeros(3, np.float32), "var": np.ones(3, np.float32)}
@@ -64,15 +64,14 @@ def apply(params, state, inputs, train):
     return inputs - mean[None], new
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_two_processes_with_half_of_each_batch_equal_one_device(kind):
+def test_two_processes_with_half_of_each_batch_equal_one_device():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    here = str(__import__("pathlib").Path(__file__).parent)
+    here = str(pathlib.Path(__file__).parent)
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(port), str(rank), kind, here],
+            [sys.executable, "-c", PROGRAM, str(port), str(rank), here],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
@@ -85,10 +84,12 @@ def test_two_processes_with_half_of_each_batch_equal_one_device(kind):
     gradient = batches.mean(jax.grad(loss), source)(params)["w"]
     trained = fit.fit(loss, params, source, optax.sgd(0.05, 0.9), 7, key=jax.random.key(0))
     for output in outputs:
-        (line,) = [text for text in output.splitlines() if text.startswith("RESULT")]
-        found = json.loads(line.removeprefix("RESULT"))
-        np.testing.assert_allclose(found["gradient"], gradient, rtol=1e-5)
-        np.testing.assert_allclose(found["trained"], trained.params["w"], rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(found["loss"], trained.history["loss"], rtol=1e-5)
-        np.testing.assert_allclose(found["var"], x.astype(float).var(0), rtol=1e-5)
+        lines = [text for text in output.splitlines() if text.startswith("RESULT")]
+        assert len(lines) == 2  # an Auto mesh and an Explicit one
+        for line in lines:
+            found = json.loads(line.removeprefix("RESULT"))
+            np.testing.assert_allclose(found["gradient"], gradient, rtol=1e-5)
+            np.testing.assert_allclose(found["trained"], trained.params["w"], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(found["loss"], trained.history["loss"], rtol=1e-5)
+            np.testing.assert_allclose(found["var"], x.astype(float).var(0), rtol=1e-5)
     assert statistics.statistic_paths(apply, params, STATE, x) == [("['mean']", "['var']")]

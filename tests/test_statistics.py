@@ -248,13 +248,13 @@ def test_nnx_modules_and_jitted_or_rematerialised_models_are_read():
 def test_many_points_at_once_equal_one_by_one():
     apply, params, state = linen(depth=2)
     points = tree.stack(
-        [tree.axpy(0.1 * i, tree.random_like(jax.random.key(9), params), params) for i in range(5)]
+        [tree.axpy(0.1 * i, tree.random_like(jax.random.key(9), params), params) for i in range(4)]
     )
-    source = batches.split(make_data(), 16)
+    source = batches.split(make_data(64)[:48], 16)
     alone = tree.stack(
         [statistics.refresh(apply, p, state, source, rtol=0) for p in tree.unstack(points)]
     )
-    for num in (1, 2, 5):
+    for num in (1, 3):
         many = statistics.refresh_points(apply, points, state, source, num_at_once=num, rtol=0)
         for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(many), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
