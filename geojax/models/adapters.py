@@ -12,9 +12,11 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import errors, nnx
 from flax import linen as nn
 from flax.core import unfreeze
+from jax.core import Tracer
 
 from geojax import tree
 
@@ -94,6 +96,14 @@ def _check_train(train: Any) -> None:
 # --------------------------------------------------------------------------------------- linen
 
 
+def _equal(a: PyTree, b: PyTree) -> bool:
+    """Whether two pytrees hold the same numbers; true inside a trace, which has shapes alone."""
+    return all(
+        isinstance(x, Tracer) or np.array_equal(np.asarray(x), np.asarray(y), equal_nan=True)
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
 def _without_dropout(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
     """A linen interceptor that turns dropout off, whatever the module asks for."""
     module = context.module
@@ -156,20 +166,26 @@ def from_linen(module: nn.Module, *, method: Callable[..., Any] | str | None = N
             return module.clone(**_flags(fields, train, dropout)), {}  # pyright: ignore[reportArgumentType]
         return module, _flags(in_call, train, dropout)
 
-    def init(key: jax.Array, inputs: PyTree) -> tuple[PyTree, PyTree]:
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), inputs
-        )
+    # Under jit the forward pass, whose result nobody uses, is compiled away. (Newer versions of
+    # flax's own `lazy_init` take inputs for zeros, also where initial values depend on them.)
+    @jax.jit
+    def initial(key: jax.Array, inputs: PyTree) -> Any:
         chosen, flags = configured(False, False)
-        try:
-            variables = chosen.lazy_init({"params": key}, shapes, method=method, **flags)  # pyright: ignore[reportArgumentType]
-        except errors.LazyInitError as error:
-            if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs)):
+        return chosen.init({"params": key}, inputs, method=method, **flags)
+
+    def init(key: jax.Array, inputs: PyTree) -> tuple[PyTree, PyTree]:
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(inputs)):
+            variables, other = (
+                initial(key, jax.tree.map(lambda x, v=v: jnp.full(x.shape, v, x.dtype), inputs))
+                for v in (0, 1)
+            )
+            if not _equal(variables, other):
                 raise ValueError(
                     "init: this module's initial values depend on the values of its inputs, and "
                     "only their shapes were given; pass an example batch."
-                ) from error
-            variables = chosen.init({"params": key}, inputs, method=method, **flags)
+                )
+        else:
+            variables = initial(key, inputs)
         state = unfreeze(variables)
         params = state.pop("params", {})
         tree.check_floating(params, "the module's parameters")
