@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from geojax import batches, statistics, tree
+from geojax import batches, models, statistics, tree
 
 
 def make_data(n=60, features=5, order="sorted"):
@@ -184,6 +184,17 @@ def test_state_that_is_no_statistic_comes_back_bit_for_bit_and_the_callers_is_un
     for a, b in zip(jax.tree.leaves(full), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(leaves(got["norm"])[0], leaves(state)[0])
+
+
+def test_dropout_is_off_while_statistics_are_computed():
+    x = make_data()
+    states = []
+    for rate in (0.0, 0.5):
+        model = models.build("mlp", widths=[6, 6], norm="batch", dropout=rate)
+        params, state = model.init(jax.random.key(0), x)
+        states.append(statistics.refresh(model.apply, params, state, batches.split(x, 16)))
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_dictionary_batches_masks_and_a_function_for_the_inputs():

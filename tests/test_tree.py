@@ -249,3 +249,36 @@ def test_vdot_of_sharded_trees_gathers_nothing(mesh):
 def test_bad_input_is_refused_by_leaf_path(call, kind, says):
     with pytest.raises(kind, match=says):
         call()
+
+
+@jax.tree_util.register_pytree_node_class
+class Module:
+    """A network as Equinox has it: a pytree with an activation and a counter among its leaves."""
+
+    def __init__(self, weight, activation, steps):
+        self.weight, self.activation, self.steps = weight, activation, steps
+
+    def tree_flatten(self):
+        return (self.weight, self.activation, self.steps), None
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        del aux
+        return cls(*children)
+
+    def __call__(self, x):
+        return self.activation(x @ self.weight)
+
+
+def test_a_module_that_is_a_pytree_goes_into_a_stack_and_out_with_the_same_outputs():
+    modules = [
+        Module(jax.random.normal(jax.random.key(i), (3, 2)), jnp.tanh, np.int32(i))
+        for i in range(3)
+    ]
+    halves = [tree.partition(module) for module in modules]
+    points = tree.stack([selected for selected, _ in halves])
+    x = jax.random.normal(jax.random.key(9), (5, 3))
+    for i, (module, (_, rest)) in enumerate(zip(modules, halves, strict=True)):
+        again = tree.merge(tree.combine(points, jnp.eye(3)[i]), rest)
+        assert again.steps == i
+        assert np.asarray(again(x)).tobytes() == np.asarray(module(x)).tobytes()
