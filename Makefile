@@ -4,7 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/tour
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
-export JAX_PLATFORMS ?=
 
 .PHONY: help setup demo test lint format clean
 

@@ -277,7 +277,10 @@ class _Compiled(NamedTuple):
 
 
 def _compile(loss_fn, optimizer, has_metrics, regularizer, transform, frozen) -> _Compiled:
-    """The steps for these functions; made once, so that another run does not compile again."""
+    """The steps for these functions; made once, so that another run does not compile again.
+
+    The last sixteen are kept, and with them what their functions close over.
+    """
     try:
         return _cached(loss_fn, optimizer, has_metrics, regularizer, transform, frozen)
     except TypeError as error:
