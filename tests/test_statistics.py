@@ -320,6 +320,18 @@ def test_sharded_data_and_parameters_give_the_same_statistics(mesh, shard_parame
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_many_points_on_sharded_data_equal_one_device(mesh):
+    apply, params, state = linen(depth=2)
+    other = tree.axpy(0.1, tree.random_like(jax.random.key(9), params), params)
+    points = tree.stack([params, other])
+    source = batches.split(make_data()[:48], 16)
+    want = statistics.refresh_points(apply, points, state, source, num_at_once=1)
+    with jax.set_mesh(mesh):
+        got = statistics.refresh_points(apply, points, state, source, num_at_once=2, mesh=mesh)
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("update", "says"),
     [
