@@ -430,7 +430,8 @@ def refresh(
 
     Returns:
         A new state; the caller's is untouched. Cost: one train-mode forward pass over the data for
-        one layer; else usually three to six, at most one more than there are layers.
+        one layer; else up to one more than there are layers, and at this `rtol` as a rule all of
+        them. 'batchwise' and 'mean_of_batches' take one.
 
     Raises:
         ValueError: For state that depends on the data but is no running mean or variance, naming

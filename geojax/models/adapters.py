@@ -137,7 +137,7 @@ def from_linen(module: nn.Module, *, method: Callable[..., Any] | str | None = N
             signatures: `lambda m, x, train: m(x["a"], x["b"], is_eval=not train)`.
 
     Returns:
-        The `Model`. `init` runs the initializers only, never the network on data.
+        The `Model`. `init` computes initial values alone: the forward pass is compiled away.
 
     Raises:
         TypeError: From `init`, if a parameter is not floating, naming it; from `apply`, if `train`
