@@ -22,6 +22,7 @@ __all__ = [
     "check_floating",
     "check_same",
     "combine",
+    "inner_products",
     "merge",
     "norm",
     "num_points",
@@ -297,6 +298,60 @@ def combine(points: PyTree, weights: jax.typing.ArrayLike) -> PyTree:
     return jax.tree.map(one, points)
 
 
+def inner_products(points: PyTree, x: PyTree) -> jax.Array:
+    """The inner products of n stacked points with one vector: the adjoint of `combine`.
+
+    Accumulated in float32 or better at the highest matmul precision. `jax.vmap` over `x` gives a
+    Gram matrix.
+
+    Args:
+        points: Stacked pytree, leaves `(n, *leaf.shape)`, floating, in any sharding.
+        x: Pytree of the same structure without the leading axis.
+
+    Returns:
+        `(n,)`. One read of the points; under a mesh one all-reduce, and nothing is gathered.
+
+    Raises:
+        TypeError: If a leaf is not floating, naming it.
+        ValueError: If structures or shapes differ, naming the leaf.
+
+    Example:
+        >>> points = stack([{"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([1.0, 1.0])}])
+        >>> inner_products(points, {"w": jnp.array([2.0, 3.0])}).tolist()
+        [2.0, 5.0]
+    """
+    check_floating(points, "points")
+    check_floating(x, "x")
+    n = num_points(points)
+    left, left_def = _flatten(points)
+    right, right_def = _flatten(x)
+    if left_def != right_def:
+        check_same(points, x, names=("points", "x"))
+    dtype = accumulation_dtype(*jax.tree.leaves(points), *jax.tree.leaves(x))
+    total = jnp.zeros(n, dtype)
+    for (path, a), (_, b) in zip(left, right, strict=True):
+        a, b = jnp.asarray(a), jnp.asarray(b)
+        if a.shape[1:] != b.shape:
+            raise ValueError(
+                f"leaf {path} has shape {a.shape} in points and {b.shape} in x; expected "
+                f"{a.shape[1:]} in x."
+            )
+        a, b = _member_axis_replicated(a).astype(dtype), b.astype(dtype)
+        if _explicit(a) is not None or _explicit(b) is not None:
+            # A dot over several sharded axes has no rule on an Explicit mesh.
+            total = total + jnp.sum(a * b[None], axis=tuple(range(1, a.ndim)))
+        else:
+            axes = tuple(range(b.ndim))
+            total = total + lax.dot_general(
+                a,
+                b,
+                ((tuple(i + 1 for i in axes), axes), ((), ())),
+                precision=lax.Precision.HIGHEST,
+                preferred_element_type=dtype,
+            )
+    return total
+
+
 def vdot(x: PyTree, y: PyTree) -> jax.Array:
     """The inner product of two pytrees, accumulated in float32 or better.
 
@@ -392,7 +447,11 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
 
 
 def random_like(
-    key: jax.Array, tree: PyTree, *, distribution: Literal["normal", "rademacher"] = "normal"
+    key: jax.Array,
+    tree: PyTree,
+    *,
+    distribution: Literal["normal", "rademacher"] = "normal",
+    dtype: Any = None,
 ) -> PyTree:
     """Independent random entries in the structure, dtypes and sharding of a pytree.
 
@@ -402,8 +461,10 @@ def random_like(
 
     Args:
         key: A typed key (`jax.random.key`).
-        tree: Pytree of floating arrays; only shapes, dtypes and shardings are used.
+        tree: Pytree of floating arrays or `jax.ShapeDtypeStruct`s; only shapes, dtypes and
+            shardings are used.
         distribution: Standard normal entries, or -1 and +1 with equal probability.
+        dtype: The dtype of all entries; by default each leaf's own.
 
     Raises:
         TypeError: If a leaf is not floating, naming it.
@@ -417,7 +478,7 @@ def random_like(
     out = []
     for path, leaf in leaves:
         leaf_key = jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
-        values = sample(leaf_key, jnp.shape(leaf), jnp.result_type(leaf))
+        values = sample(leaf_key, jnp.shape(leaf), dtype or jnp.result_type(leaf))
         out.append(_placed_like(values, leaf))
     return jax.tree.unflatten(treedef, out)
 
@@ -427,5 +488,7 @@ def _placed_like(values: jax.Array, leaf: Any) -> jax.Array:
     if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
         # What is committed to no device stays so, free to join arrays on a mesh.
         return jax.device_put(values, leaf.sharding) if leaf.committed else values
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return values if leaf.sharding is None else jax.device_put(values, leaf.sharding)
     sharding = _explicit(leaf)
     return values if sharding is None else jax.sharding.reshard(values, sharding)
