@@ -1,5 +1,6 @@
 """Krylov methods for any symmetric operator on pytrees: eigenpairs, spectra and traces."""
 
+from geojax.krylov.eigen import eigsh
 from geojax.krylov.operators import (
     Operator,
     congruence,
@@ -11,12 +12,15 @@ from geojax.krylov.operators import (
     restrict,
     shift,
 )
+from geojax.krylov.results import Eigenpairs
 
 __all__ = [
+    "Eigenpairs",
     "Operator",
     "congruence",
     "deflate",
     "dense",
+    "eigsh",
     "from_matrix",
     "identity",
     "project",

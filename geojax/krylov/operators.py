@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from geojax import tree
 
@@ -170,9 +171,9 @@ class Operator:
         if isinstance(factor, Operator) or jnp.ndim(factor):
             raise TypeError(
                 f"{self.name}: an operator is scaled by one number, got "
-                f"{type(factor).__name__}; use `a @ b` for products and `congruence` for a diagonal."
+                f"{type(factor).__name__}; use `a @ b` for products, `congruence` for diagonals."
             )
-        positive = not isinstance(factor, jax.core.Tracer) and float(factor) >= 0
+        positive = not isinstance(factor, Tracer) and float(factor) >= 0
         return Operator(
             lambda v: _scale(factor, self._matvec(v)),
             self.like,
@@ -288,7 +289,7 @@ def dense(operator: Operator, *, max_size: int = 5000) -> np.ndarray:
 
 def shift(operator: Operator, sigma: Any) -> Operator:
     """A + sigma I; a positive sigma is the usual damping."""
-    known = not isinstance(sigma, jax.core.Tracer)
+    known = not isinstance(sigma, Tracer)
     return Operator(
         lambda v: _axpy(sigma, v, operator._matvec(v)),
         operator.like,
@@ -312,8 +313,8 @@ def _check_rows(operator: Operator, vectors: PyTree) -> int:
 _inner_many = jax.jit(jax.vmap(tree.inner_products, in_axes=(None, 0)))
 
 
-def _subtract_span(vectors: PyTree, weights: jax.Array, v: PyTree, out: PyTree) -> PyTree:
-    """out - sum_i weights_i u_i <u_i, v>."""
+def _subtract_span(vectors: PyTree, weights: Any, v: PyTree, out: PyTree) -> PyTree:
+    """`out` minus the sum of weights_i u_i <u_i, v>."""
     return _axpy(-1.0, _combine(vectors, weights * _inner(vectors, v)), out)
 
 
@@ -330,7 +331,7 @@ def deflate(operator: Operator, vectors: PyTree, values: Any) -> Operator:
         ValueError: If shapes differ, naming the leaf.
     """
     k = _check_rows(operator, vectors)
-    values = np.asarray(values, operator.dtype)
+    values = jnp.asarray(values, operator.dtype)
     if values.shape != (k,):
         raise ValueError(f"deflate: values have shape {values.shape}; expected ({k},).")
 
@@ -383,6 +384,16 @@ _multiply = jax.jit(
 )
 
 
+def _diagonal(operator: Operator, entries: PyTree) -> Operator:
+    tree.check_same(operator.like, entries, names=(operator.name, "the diagonal"), dtype=False)
+    return Operator(
+        lambda v: _multiply(entries, v),
+        operator.like,
+        matmat=lambda vs: _multiply(jax.tree.map(lambda d: jnp.asarray(d)[None], entries), vs),
+        name="diagonal",
+    )
+
+
 def congruence(operator: Operator, factor: Any) -> Operator:
     r"""M A M for a symmetric M: A in other coordinates.
 
@@ -396,21 +407,12 @@ def congruence(operator: Operator, factor: Any) -> Operator:
     Raises:
         ValueError: If shapes differ, naming the leaf.
     """
-    if isinstance(factor, Operator):
-        if not factor.symmetric:
-            raise ValueError(f"congruence: {factor.name} is not symmetric; expected a symmetric M.")
-        tree.check_same(operator.like, factor.like, names=(operator.name, factor.name), dtype=False)
-        apply, apply_many, name = factor._matvec, factor.matmat, factor.name
-    else:
-        tree.check_same(operator.like, factor, names=(operator.name, "the diagonal"), dtype=False)
-        name = "diagonal"
-
-        def apply(v):
-            return _multiply(factor, v)
-
-        def apply_many(vs):
-            return _multiply(jax.tree.map(lambda d: jnp.asarray(d)[None], factor), vs)
-
+    if not isinstance(factor, Operator):
+        factor = _diagonal(operator, factor)
+    if not factor.symmetric:
+        raise ValueError(f"congruence: {factor.name} is not symmetric; expected a symmetric M.")
+    tree.check_same(operator.like, factor.like, names=(operator.name, factor.name), dtype=False)
+    apply, apply_many, name = factor._matvec, factor.matmat, factor.name
     return Operator(
         lambda v: apply(operator._matvec(apply(v))),
         operator.like,

@@ -99,7 +99,7 @@ def wanted(values: np.ndarray, k: int, which: str) -> np.ndarray:
 def check_which(which: str) -> None:
     """Raise for an order that the solvers do not know."""
     if which not in ("LM", "LA", "SA", "BE"):
-        hint = " (for the eigenvalues nearest a value use `eigsh_interior`)" if which == "SM" else ""
+        hint = " (nearest to a value: `eigsh_interior`)" if which == "SM" else ""
         raise ValueError(
             f"which is {which!r}; expected 'LM' (largest magnitude), 'LA' (largest), 'SA' "
             f"(smallest) or 'BE' (both ends){hint}."
@@ -118,7 +118,8 @@ def fix_signs(vectors: PyTree) -> PyTree:
         low = jnp.min(leaf, axis=axes) if axes else leaf
         found = jnp.where(high >= -low, high, low)
         best = found if best is None else jnp.where(jnp.abs(found) > jnp.abs(best), found, best)
-    assert best is not None
+    if best is None:
+        return vectors
     sign = jnp.where(best < 0, -1.0, 1.0)
     return jax.tree.map(
         lambda x: x * sign.astype(x.dtype).reshape((-1,) + (1,) * (x.ndim - 1)), vectors
