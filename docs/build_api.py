@@ -10,7 +10,8 @@ import sys
 
 MODULES = [
     "tree", "batches", "fit", "statistics", "surface", "objectives", "models", "datasets",
-    "datasets.augment", "checkpoint", "plot", "report", "progress",
+    "datasets.augment", "checkpoint", "plot", "report", "progress", "krylov", "hessian",
+    "hessian.output_losses",
 ]  # fmt: skip
 
 

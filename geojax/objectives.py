@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-__all__ = ["loss", "metrics", "metrics_with_state"]
+__all__ = ["evaluation_loss", "loss", "metrics", "metrics_with_state", "outputs"]
 
 PyTree = Any
 Task = Literal["classification", "regression"]
@@ -64,6 +64,46 @@ def loss(
         return jnp.mean(_per_example(outputs, labels, task))
 
     return loss_fn
+
+
+def evaluation_loss(
+    apply_fn: Callable[..., Any], state: PyTree, task: Task = "classification"
+) -> Callable[[PyTree, PyTree], jax.Array]:
+    """The loss of a network in evaluation mode: `(params, batch) -> scalar`.
+
+    This is the loss whose curvature `hessian` is asked for: running statistics and no dropout, so
+    that the loss of an example depends on that example alone.
+
+    Args:
+        apply_fn: `apply_fn(params, state, inputs, train) -> (outputs, state)`.
+        state: The state to evaluate with, `{}` for a network without.
+        task: As for `loss`.
+
+    Returns:
+        The loss function; the mean over the batch.
+    """
+    _check(task)
+
+    def loss_fn(params: PyTree, batch: PyTree) -> jax.Array:
+        inputs, labels = _examples(batch)
+        found, _ = apply_fn(params, state, inputs, False)
+        return jnp.mean(_per_example(found, labels, task))
+
+    return loss_fn
+
+
+def outputs(apply_fn: Callable[..., Any], state: PyTree) -> Callable[[PyTree, PyTree], jax.Array]:
+    """The outputs of a network in evaluation mode: `(params, batch) -> outputs`, as `ggn` asks.
+
+    Args:
+        apply_fn: `apply_fn(params, state, inputs, train) -> (outputs, state)`.
+        state: The state to evaluate with, `{}` for a network without.
+    """
+
+    def model_fn(params: PyTree, batch: PyTree) -> jax.Array:
+        return apply_fn(params, state, _examples(batch)[0], False)[0]
+
+    return model_fn
 
 
 def metrics(

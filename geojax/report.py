@@ -2,6 +2,7 @@
 
 import base64
 import html
+import json
 import pathlib
 import string
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Report", "text_table"]
+__all__ = ["Report", "claim", "text_table"]
 
 _PAGE = string.Template("""<!doctype html>
 <html lang="en">
@@ -71,6 +72,43 @@ def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
         for line in cells
     ]
     return "\n".join(lines)
+
+
+def claim(
+    folder: str | pathlib.Path,
+    options: Mapping[str, Any],
+    *,
+    may_differ: Sequence[str] = (),
+) -> None:
+    """Note a run's options in its folder, and refuse a folder that holds a run with others.
+
+    A run that is called again with the same options goes on from its checkpoints; with other
+    options it would mix two runs.
+
+    Args:
+        folder: The folder of the run; made if missing.
+        options: The options, written as JSON to `options.json` there.
+        may_differ: Options that do not change the run, such as where its results go.
+
+    Raises:
+        ValueError: Naming each option that differs, with both values.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / "options.json"
+    wanted = json.loads(json.dumps(dict(options), default=str))
+    if path.exists():
+        found = json.loads(path.read_text())
+        other = [k for k in wanted if k not in may_differ and found.get(k) != wanted[k]]
+        if other:
+            lines = ", ".join(
+                f"{k} is {found.get(k)!r} there and {wanted[k]!r} here" for k in other
+            )
+            raise ValueError(
+                f"{folder} holds a run with other options: {lines}. Choose another folder (--out), "
+                "or the same options to go on."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(wanted, indent=2) + "\n")
 
 
 class Report:

@@ -14,9 +14,9 @@ import optax
 import tyro
 
 import geojax
-from geojax import batches, checkpoint, datasets, fit, models, objectives, plot, report
+from geojax import batches, checkpoint, datasets, fit, hessian, krylov, models, objectives, plot
 
-from geojax import statistics, surface  # isort: skip
+from geojax import report, statistics, surface, tree  # isort: skip
 
 BATCH_SIZE, EPOCHS, RATE, DECAY = 128, 100, 0.05, 5e-4
 
@@ -206,6 +206,66 @@ def normalisation(page, data, options, seeds):
     )
 
 
+def curvature(page, data, model, params, seed):
+    """Chapter 4: the largest eigenvalues of the Hessian, each with its error, and the density."""
+    loss_fn = objectives.evaluation_loss(model.apply, {})
+    keys = jax.random.split(jax.random.key(seed), 3)
+    pairs = hessian.eigenthings(loss_fn, params, data.train, 12, key=keys[0])
+    operator = hessian.hessian(loss_fn, params, data.train)
+    density = krylov.spectral_density(
+        operator, key=keys[1], num_probes=8, num_steps=40, deflate=pairs
+    )
+    trace = krylov.trace(operator, key=keys[2], num_matvecs=100)
+    page.chapter(
+        "Curvature",
+        f"The Hessian of the training loss at the first network has {operator.size:,} rows and is "
+        f"never formed: {pairs.num_matvecs} products gave its largest eigenvalues, each with the "
+        "measured norm of H x - lambda x and the interval in which an eigenvalue lies. "
+        f"Its trace is {trace.estimate:.2f} ± {trace.standard_error:.2f}, from {trace.num_matvecs} "
+        "random products.",
+    )
+    page.table(pairs.table())
+    print(f"\nCurvature: {pairs.num_matvecs} products\n{report.text_table(pairs.table())}")
+    print(f"trace {trace.estimate:.3f} ± {trace.standard_error:.3f}")
+    page.text(
+        f"The density of all eigenvalues, from {density.nodes.shape[0]} random starts of "
+        f"{density.nodes.shape[1]} products: nearly all are close to zero, and a few stand apart."
+    )
+    page.figure(
+        "density",
+        plot.png(plot.density(density, size=(4.6, 2.8))),
+        "Density of the Hessian's eigenvalues with its 95 % band; the stems are the eigenvalues of "
+        "the table.",
+        {
+            "grid": density.curve.grid, "density": density.curve.values,
+            "lower": density.curve.lower, "upper": density.curve.upper,
+            "eigenvalues": pairs.eigenvalues, "residuals": pairs.residuals,
+        },
+    )  # fmt: skip
+    page.text(
+        "An eigenvector is a direction like any other point. Along the first, the loss rises as "
+        "half its eigenvalue times the squared distance, as long as the step is small:"
+    )
+    metrics_fn = objectives.metrics(model.apply, {})
+    distances = np.linspace(-1, 1, 21)
+    first = tree.unstack(pairs.eigenvectors)[0]
+    line = surface.along(metrics_fn, params, first, distances, data.train)
+    here = line.values["loss"][10]
+    parabola = here + 0.5 * pairs.eigenvalues[0] * distances**2
+    panel = {
+        "x": "distance along the first eigenvector",
+        "y": "training loss (nats)",
+        "lines": {"loss": (distances, line.values["loss"]), "parabola": (distances, parabola)},
+    }
+    page.figure(
+        "eigenvector",
+        plot.png(plot.curves([panel], size=(4.6, 2.8))),
+        "Training loss along the eigenvector of the largest eigenvalue, and the parabola that the "
+        "eigenvalue says.",
+        {"distance": distances, "loss": line.values["loss"], "parabola": parabola},
+    )
+
+
 def main(options: Options) -> None:
     start = time.perf_counter()
     device = jax.devices()[0]
@@ -223,6 +283,7 @@ def main(options: Options) -> None:
     trained = networks(page, data, model, model_options, seeds)
     straight_line(page, data, model, trained)
     normalisation(page, data, model_options, seeds)
+    curvature(page, data, model, trained[0], options.seed)
     path = page.write()
     print(f"\n{path.resolve()}  ({time.perf_counter() - start:.0f} s)")
 

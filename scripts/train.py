@@ -66,27 +66,6 @@ class Options:
     """Epochs between measurements on the validation part."""
 
 
-def check_same_run(options: Options) -> None:
-    """Refuse a folder that holds a run with other options, and note this run's there."""
-    path = options.out / "options.json"
-    wanted = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    # Where the data and the results lie does not change the run.
-    moved = {"data_dir", "out", "download"}
-    if path.exists():
-        found = json.loads(path.read_text())
-        other = [k for k in wanted if k not in moved and found.get(k) != wanted[k]]
-        if other:
-            lines = ", ".join(
-                f"{k} is {found.get(k)!r} there and {wanted[k]!r} here" for k in other
-            )
-            sys.exit(
-                f"train: {options.out} holds a run with other options: {lines}. Choose another "
-                "--out, or the same options to go on."
-            )
-    options.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=2) + "\n")
-
-
 def make_optimizer(options: Options, num_steps: int, steps_per_epoch: int):
     if options.schedule == "three_phase":
         rate = fit.three_phase(options.learning_rate, num_steps)
@@ -140,7 +119,10 @@ def main(options: Options) -> None:
     if "num_classes" in models.options(options.model):
         chosen = {"num_classes": data.num_classes or data.train.labels.shape[-1]} | chosen
     model = models.build(options.model, **chosen)
-    check_same_run(options)
+    # Where the data and the results lie does not change the run.
+    report.claim(
+        options.out, dataclasses.asdict(options), may_differ=("data_dir", "out", "download")
+    )
 
     key_init, key_order, key_run = jax.random.split(jax.random.key(options.seed), 3)
     params, state = model.init(key_init, clean.train.inputs[:1])

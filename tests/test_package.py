@@ -85,7 +85,7 @@ def test_the_list_of_names_in_the_docs_is_up_to_date():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md", "docs/hessian.md"])
 def test_the_examples_in_the_documentation_run(page):
     # As a person types them: without the strict promotion rules of these tests.
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)

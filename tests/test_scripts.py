@@ -71,7 +71,7 @@ def test_a_killed_run_goes_on_with_the_same_command_and_ends_with_the_same_bits(
     assert result["part"] == "test"
     assert float(found["error"]) == pytest.approx(result["error"], abs=1e-6)
     assert result["error"] < 0.1
-    with pytest.raises(SystemExit, match="seed is 0 there and 5 here"):
+    with pytest.raises(ValueError, match="seed is 0 there and 5 here"):
         train.main(train.Options(**small, seed=5, out=tmp_path / "killed"))
 
 
@@ -124,21 +124,101 @@ def test_help_gives_every_option_and_its_default():
         assert f"(default: {default})" in text
 
 
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """A small network on two spirals, as scripts/train.py saves it."""
+    folder = tmp_path_factory.mktemp("spirals")
+    train = script("train")
+    train.main(
+        train.Options(
+            dataset="two_spirals",
+            model_options='{"widths": [8, 8]}',
+            epochs=5,
+            batch_size=32,
+            out=folder,
+        )
+    )
+    return folder / "network"
+
+
+def test_eigenthings_goes_on_after_a_kill_and_ends_with_the_same_numbers(
+    network, tmp_path, monkeypatch, capsys
+):
+    eigenthings = script("eigenthings")
+    small = {
+        "network": network, "k": 4, "num_probes": 3, "num_steps": 20, "trace_matvecs": 40,
+        "checkpoint_every": 5,
+    }  # fmt: skip
+    eigenthings.main(eigenthings.Options(**small, out=tmp_path / "whole"))
+    shown = capsys.readouterr().out
+    for heading in ("Eigenvalues", "converged", "Traces"):
+        assert heading in shown
+
+    class Killed(BaseException):
+        pass
+
+    # The process dies once in each of the three computations.
+    save = checkpoint.Checkpointer.save
+    for what in ("eigsh", "density", "trace"):
+
+        def dies(self, *arguments, what=what, **options):
+            save(self, *arguments, **options)
+            if self.location.endswith(what):
+                raise Killed
+
+        monkeypatch.setattr(checkpoint.Checkpointer, "save", dies)
+        with pytest.raises(Killed):
+            eigenthings.main(eigenthings.Options(**small, out=tmp_path / "killed"))
+        monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
+    eigenthings.main(eigenthings.Options(**small, out=tmp_path / "killed"))
+    whole, killed = (
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "killed")
+    )
+    assert whole == killed
+    assert all(whole["converged"])
+    for name in ("whole", "killed"):
+        page = (tmp_path / name / "report.html").read_text()
+        assert page.count("data:image/png;base64,") == 1
+    pairs = checkpoint.load(tmp_path / "whole" / "eigenpairs")[0]
+    assert pairs["eigenvalues"].tolist() == whole["eigenvalues"]
+    with pytest.raises(ValueError, match="k is 4 there and 5 here"):
+        eigenthings.main(eigenthings.Options(**(small | {"k": 5}), out=tmp_path / "killed"))
+
+
+def test_eigenthings_answers_for_a_network_that_is_not_there(tmp_path):
+    found = run(
+        [sys.executable, str(ROOT / "scripts" / "eigenthings.py")]
+        + ["--network", str(tmp_path / "no"), "--out", str(tmp_path / "out")]
+    )
+    assert found.returncode == 1
+    assert str(tmp_path / "no") in found.stderr
+    assert "Traceback" not in found.stderr
+
+
 def test_the_tour_writes_a_page_with_its_figures_and_their_data(tmp_path):
     tour = script("tour")
     # As a person runs it: without the strict promotion rules of these tests.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         tour.main(tour.Options(out=tmp_path))
     page = (tmp_path / "report.html").read_text()
-    for name in ("training", "line", "normalisation"):
+    for name in ("training", "line", "normalisation", "density", "eigenvector"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert f"{name}.npz" in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 5
     assert "http://" not in page
     assert "https://" not in page
     line = np.load(tmp_path / "line.npz")
     assert line["train_loss"].max() > 0.4  # the segment of two digits networks has a barrier
     assert line["test_error"][[0, -1]].max() < 0.04
+    # Ten classes: about nine outliers, and eigenvalues whose error is far below their size.
+    spectrum = np.load(tmp_path / "density.npz")
+    assert (np.diff(spectrum["eigenvalues"]) < 0).all()
+    assert (spectrum["residuals"] <= 1e-3 * spectrum["eigenvalues"]).all()
+    assert (spectrum["lower"] <= spectrum["density"]).all()
+    assert (spectrum["density"] <= spectrum["upper"]).all()
+    bend = np.load(tmp_path / "eigenvector.npz")
+    near = np.abs(bend["distance"]) < 0.11
+    np.testing.assert_allclose(bend["loss"][near], bend["parabola"][near], rtol=2e-2)
     # Row N6: at t=1/2 and t=1 the statistics of t=0 are 3 points or more worse than refreshed ones.
     norm = np.load(tmp_path / "normalisation.npz")
     for i in (5, 10):

@@ -5,6 +5,7 @@ leave out those that hold no row yet, so one compiled program serves every lengt
 """
 
 import functools
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -85,17 +86,36 @@ def _remove(rows, coefficients, w, count, skip):
     return w
 
 
-def _twice(rows, w, count, skip):
-    """Two passes of classical Gram-Schmidt: the second takes out what rounding left."""
-    first = _coefficients(rows, w, count, skip)
-    w = _remove(rows, first, w, count, skip)
-    second = _coefficients(rows, w, count, skip)
-    w = _remove(rows, second, w, count, skip)
-    return jnp.concatenate(first) + jnp.concatenate(second), w
+def _scattered(seed: jax.Array, like: PyTree) -> PyTree:
+    """A vector with entries spread over [-1, 1) by a hash of the leaf's path and the place in it.
+
+    jax's own generators take more time to compile, for every leaf, than the rest of a step
+    together. This one need only lead away from the rows that there are.
+    """
+    leaves, treedef = jax.tree.flatten(like)
+    out = []
+    for path, leaf in zip(tree.paths(like), leaves, strict=True):
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis, size in enumerate(leaf.shape):
+            along = lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            place = place * np.uint32(size) + along
+        h = place * np.uint32(0x9E3779B1) + (seed ^ np.uint32(zlib.crc32(path.encode())))
+        # The finalizer of MurmurHash3 (Appleby), which spreads each bit over all.
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            h = (h ^ (h >> np.uint32(shift))) * np.uint32(factor)
+        h = h ^ (h >> np.uint32(16))
+        values = (h >> np.uint32(8)).astype(leaf.dtype) * 2.0**-23 - 1
+        out.append(tree._placed_like(values, leaf))
+    return jax.tree.unflatten(treedef, out)
+
+
+def seed_of(key: jax.Array) -> int:
+    """A seed on the host for a typed key."""
+    return zlib.crc32(np.asarray(jax.random.key_data(key)).tobytes())
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="skip")
-def append(rows, w, count, key, scale, *, skip: bool) -> Appended:
+def append(rows, w, count, seed, scale, *, skip: bool) -> Appended:
     """Orthogonalise a vector against the first `count` rows and write it as the next one.
 
     Where nothing but rounding is left of it, a random row orthogonal to the others is written in
@@ -105,7 +125,7 @@ def append(rows, w, count, key, scale, *, skip: bool) -> Appended:
         rows: The basis; donated.
         w: The vector.
         count: How many rows are filled. At the end of the basis nothing is written.
-        key: For the random row.
+        seed: uint32, for the random row.
         scale: The largest norm so far.
         skip: Leave chunks without rows out by a branch (good on the CPU).
     """
@@ -118,24 +138,34 @@ def append(rows, w, count, key, scale, *, skip: bool) -> Appended:
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones((), dtype))
     unit = jnp.ldexp(jnp.ones((), dtype), jnp.frexp(unit)[1])
     w = jax.tree.map(lambda x: x / unit, w)
-    before = tree.norm(w)
-    column, w = _twice(rows, w, count, skip)
-    beta = tree.norm(w)
-    scale = jnp.maximum(scale, before * unit)
-    epsilon = float(jnp.finfo(dtype).eps)
-    broke = beta * unit <= 64 * epsilon * scale
+    scale = jnp.maximum(scale, tree.norm(w) * unit)
+    threshold = 64 * float(jnp.finfo(dtype).eps) * scale / unit
 
     def fresh(w):
-        r = jax.tree.map(
-            lambda new, old: new.astype(old.dtype), tree.random_like(key, w, dtype=dtype), w
-        )
-        _, r = _twice(rows, r, count, skip)
-        return r, tree.norm(r)
+        return _scattered(seed, w)
 
-    direction, length = lax.cond(broke, fresh, lambda w: (w, beta), w)
-    row = jax.tree.map(
-        lambda x: x / jnp.where(length > 0, length, jnp.ones_like(length)), direction
-    )
+    # One pass is compiled and run twice: the second takes out what rounding left of the first. Only
+    # after a breakdown it runs twice more, on a random vector.
+    def one_pass(carry):
+        i, w, column, beta, _ = carry
+        found = _coefficients(rows, w, count, skip)
+        w = _remove(rows, found, w, count, skip)
+        length = tree.norm(w)
+        column = jnp.where(i < 2, column + jnp.concatenate(found), column)
+        beta = jnp.where(i == 1, length, beta)
+        w = lax.cond((i == 1) & (length <= threshold), fresh, lambda w: w, w)
+        return i + 1, w, column, beta, length
+
+    def unfinished(carry):
+        i, _, _, beta, _ = carry
+        return (i < 2) | ((i < 4) & (beta <= threshold))
+
+    zero = jnp.zeros((), dtype)
+    carry = (jnp.zeros((), jnp.int32), w, jnp.zeros(num_rows(rows), dtype), zero, zero)
+    _, direction, column, beta, length = lax.while_loop(unfinished, one_pass, carry)
+    broke = beta <= threshold
+    length = jnp.where(length > 0, length, jnp.ones_like(length))
+    row = jax.tree.map(lambda x: x / length, direction)
     out, start = [], 0
     for chunk in rows:
         size = tree.num_points(chunk)
@@ -207,14 +237,30 @@ def rotate(rows, matrix, *, whole: bool):
 
 
 @jax.jit
-def assemble(rows, weights):
-    """The k combinations of the rows with weights `(k, num_rows)`: a stacked pytree."""
-    ends = np.cumsum([tree.num_points(chunk) for chunk in rows])[:-1].tolist()
-    parts = [
-        tree.combine(chunk, part)
-        for chunk, part in zip(rows, jnp.split(weights, ends, axis=1), strict=True)
+def _gather_leaf(parts, weights):
+    ends = np.cumsum([x.shape[0] for x in parts])[:-1].tolist()
+    terms = [
+        tree.combine(part, columns)
+        for part, columns in zip(parts, jnp.split(weights, ends, axis=1), strict=True)
     ]
-    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
+    return functools.reduce(jnp.add, terms)
+
+
+def gather(rows: tuple[PyTree, ...], weights: jax.Array) -> PyTree:
+    """The k combinations of the rows with weights `(k, num_rows)`: a stacked pytree.
+
+    The rows are consumed: each leaf of the basis is freed once its part of the result is made, so
+    that basis and result are never held both.
+    """
+    treedef = jax.tree.structure(rows[0])
+    leaves = [list(jax.tree.leaves(chunk)) for chunk in rows]
+    out = []
+    for i in range(treedef.num_leaves):
+        parts = [chunk[i] for chunk in leaves]
+        out.append(jax.block_until_ready(_gather_leaf(parts, weights)))
+        for part in parts:
+            part.delete()
+    return jax.tree.unflatten(treedef, out)
 
 
 _index = jax.jit(

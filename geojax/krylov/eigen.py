@@ -1,6 +1,7 @@
 """Eigenpairs of a symmetric operator by thick-restart Lanczos with bounded memory."""
 
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -101,13 +102,16 @@ def _check(operator, k, which, tol, basis_size, memory_bytes, block_size, confir
     if memory_bytes is not None:
         if basis_size is not None:
             raise ValueError("eigsh: give either basis_size or memory_bytes, not both.")
-        # Besides the basis: the result, the pending rows twice, and the temporaries of a step.
-        basis_size = int(memory_bytes // bytes_each) - int(k) - 2 * block_size - 5
+        # Besides the basis: the result while its largest leaf is gathered, the pending rows twice,
+        # and the temporaries of a step.
+        largest = max(int(np.prod(jnp.shape(x))) for x in jax.tree.leaves(operator.like))
+        others = max(2 * block_size + 5, math.ceil(k * largest / n))
+        least = min(n, k + 2) + block_size + 1 + others
+        basis_size = int(memory_bytes // bytes_each) - block_size - 1 - others
         if basis_size < min(n, k + 2):
-            needed = (min(n, k + 2) + k + 2 * block_size + 5) * bytes_each
             raise ValueError(
                 f"eigsh: memory_bytes={memory_bytes:.3g} is too little for {k} eigenpairs of "
-                f"{n} parameters; expected at least {needed:.3g}."
+                f"{n} parameters; expected at least {least * bytes_each:.3g}."
             )
     if basis_size is None:
         basis_size = max(2 * k + 10, 20)
@@ -181,8 +185,9 @@ def eigsh(
         progress: True or False for a bar; by default one appears when it takes long.
 
     Returns:
-        `Eigenpairs`, k of them unless the budget ended before k products. Memory: `basis_size` + k
-        + 2 `block_size` + 5 vectors, besides what a product needs.
+        `Eigenpairs`, k of them unless the budget ended before k products. Memory: `basis_size` +
+        3 `block_size` + 6 vectors, or where that is more, `basis_size` + `block_size` + 1 and k
+        times the largest leaf; besides what a product needs.
 
     Raises:
         ValueError: For a stochastic or asymmetric operator, or arguments out of range.
@@ -211,6 +216,7 @@ def eigsh(
         initial = _start(operator, initial)
     epsilon = float(jnp.finfo(operator.dtype).eps)
     key_start, key_run, key_confirm = jax.random.split(key, 3)
+    seed = _basis.seed_of(key_run)
     # Room for the rows whose products are pending, and for a fresh one in a confirmation.
     room = basis_size + block_size + 1
     state = init(operator, key=key_start, num_rows=room, initial=initial, block_size=block_size)
@@ -231,7 +237,7 @@ def eigsh(
                 )
                 if not width:
                     break
-                state, new = step(operator, state, key=key_run, block_size=width)
+                state, new = step(operator, state, seed=seed, block_size=width)
                 columns += new
                 clock.wait(new)
             state = settle(state, columns, operator.name)
@@ -284,7 +290,7 @@ def _finish(operator, state, found, verdict, run, stop, tol, epsilon, verify) ->
     order = verdict.order
     values = found.values[order]
     weights = jnp.asarray(found.weights[:, order].T, operator.dtype)
-    vectors = fix_signs(_basis.assemble(state.rows, weights))
+    vectors = fix_signs(_basis.gather(state.rows, weights))
     residuals, num_matvecs = verdict.residuals, state.num_matvecs
     converged, stuck = verdict.converged, verdict.stuck
     del state
@@ -303,12 +309,14 @@ def _finish(operator, state, found, verdict, run, stop, tol, epsilon, verify) ->
     )
     if stuck.any():
         warnings.warn(
-            f"eigsh: {int(stuck.sum())} of {len(order)} pairs cannot reach tol={tol:g}: products with "
-            f"{operator.name} are accurate to about {verdict.floor:.2g} (norm "
+            f"eigsh: {int(stuck.sum())} of {len(order)} pairs cannot reach tol={tol:g}: products "
+            f"with {operator.name} are accurate to about {verdict.floor:.2g} (norm "
             f"{found.norm:.3g}). Their residuals say how good they are; ask for a larger tol, or "
             "compute the products in a higher precision.",
             stacklevel=3,
         )
+    # What is measured carries the rounding of the products that measure it.
+    radius = residuals + verdict.floor if verify else residuals
     history = {
         "num_matvecs": np.array([row["num_matvecs"] for row in run.history]),
         **{
@@ -320,7 +328,7 @@ def _finish(operator, state, found, verdict, run, stop, tol, epsilon, verify) ->
         eigenvalues=values,
         eigenvectors=vectors,
         residuals=residuals,
-        intervals=np.stack([values - residuals, values + residuals], 1),
+        intervals=np.stack([values - radius, values + radius], 1),
         angles=angle_bounds(values, residuals, found.values),
         converged=converged,
         reasons=reasons,

@@ -73,8 +73,12 @@ def _skip() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _append(state: LanczosState, w: PyTree, key: jax.Array):
-    out = _basis.append(state.rows, w, np.int32(state.count), key, state.scale, skip=_skip())
+def _append(state: LanczosState, w: PyTree, seed: int):
+    # Every row has a seed of its own, in a resumed run the same.
+    seed = (seed + 0x9E3779B1 * (31 * state.num_matvecs + state.count)) % 2**32
+    out = _basis.append(
+        state.rows, w, np.int32(state.count), np.uint32(seed), state.scale, skip=_skip()
+    )
     return state._replace(rows=out.rows, scale=out.scale), out
 
 
@@ -112,25 +116,26 @@ def init(
         jnp.zeros((), dtype),
         0.0,
     )
-    state = _inject(state, first, key)
+    seed = _basis.seed_of(key)
+    state = _inject(state, first, seed)
     for i in range(1, min(block_size, operator.size)):
-        state = _inject(state, operator.random(jax.random.fold_in(key, i)), key)
+        state = _inject(state, operator.random(jax.random.fold_in(key, i)), seed)
     return state._replace(scale=jnp.zeros((), dtype))
 
 
-def _inject(state: LanczosState, vector: PyTree, key: jax.Array) -> LanczosState:
+def _inject(state: LanczosState, vector: PyTree, seed: int) -> LanczosState:
     """One row more, which no product led to."""
-    state, _ = _append(state, vector, key)
+    state, _ = _append(state, vector, seed)
     return state._replace(count=state.count + 1, front=(*state.front, state.count))
 
 
-def step(operator: Operator, state: LanczosState, *, key: jax.Array, block_size: int = 1):
+def step(operator: Operator, state: LanczosState, *, seed: int, block_size: int = 1):
     """Multiply the next rows and append what is new in the products.
 
     Args:
         operator: The operator.
         state: The basis; its memory is reused, so it must not be used again.
-        key: For a random row after a breakdown.
+        seed: For a random row after a breakdown.
         block_size: How many rows to multiply in one pass over the data.
 
     Returns:
@@ -148,7 +153,7 @@ def step(operator: Operator, state: LanczosState, *, key: jax.Array, block_size:
     columns = []
     limit = len(state.projected)
     for index, product in zip(taken, products, strict=True):
-        state, out = _append(state, product, jax.random.fold_in(key, state.num_matvecs + index))
+        state, out = _append(state, product, seed)
         new = state.count if state.count < limit else None
         columns.append((index, out.column, new, out.beta))
         state.known[index] = True
@@ -255,4 +260,4 @@ def start_anew(
     state.projected[p:] = 0
     state.dropped[:p] = found.residuals[keep]
     state = state._replace(count=p, front=(), mirrored=p)
-    return _inject(state, operator.random(key), key)
+    return _inject(state, operator.random(key), _basis.seed_of(key))

@@ -23,8 +23,8 @@ class Eigenpairs(NamedTuple):
         residuals: `(k,)`, float64: :math:`\|A x_i - \lambda_i x_i\|`, measured with one more
             product a pair where `verified`, else the larger of the solver's estimate and
             `noise_floor`.
-        intervals: `(k, 2)`, float64: an eigenvalue of A as it was applied lies in each,
-            :math:`\lambda_i \pm` residual.
+        intervals: `(k, 2)`, float64: an eigenvalue lies in each, :math:`\lambda_i \pm` residual,
+            and the noise floor besides where the residual was measured.
         angles: `(k,)`, float64, radians: a bound on the angle between the vector and the invariant
             subspace of its interval's eigenvalues, residual over the gap to the nearest other
             computed eigenvalue; pi/2 where the gap says nothing.
