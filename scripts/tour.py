@@ -247,7 +247,7 @@ def curvature(page, data, model, params, seed):
         "half its eigenvalue times the squared distance, as long as the step is small:"
     )
     metrics_fn = objectives.metrics(model.apply, {})
-    distances = np.linspace(-1, 1, 21)
+    distances = np.linspace(-0.5, 0.5, 21)
     first = tree.unstack(pairs.eigenvectors)[0]
     line = surface.along(metrics_fn, params, first, distances, data.train)
     here = line.values["loss"][10]

@@ -17,8 +17,8 @@ def jackknife(pairs: np.ndarray) -> float:
             The diagonal is not used.
 
     Reference:
-        Efron and Stein, The jackknife estimate of variance, 1981: the sum of squares is at least the
-        variance on average.
+        Efron and Stein, The jackknife estimate of variance, 1981: the sum of squares is on average
+        at least the variance.
     """
     pairs = pairs.copy()
     np.fill_diagonal(pairs, 0.0)

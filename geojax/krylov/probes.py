@@ -152,19 +152,26 @@ def blocks(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 @functools.partial(jax.jit, static_argnames=("like", "distribution"))
-def _draw(key: jax.Array, indices: jax.Array, *, like: Any, distribution: str) -> PyTree:
+def _draw(key: jax.Array, index: jax.Array, *, like: Any, distribution: str) -> PyTree:
+    """One probe."""
     treedef, shapes, dtype = like
     struct = jax.tree.unflatten(treedef, [jax.ShapeDtypeStruct(s, dtype) for s in shapes])
-    total = sum(int(np.prod(s)) for s in shapes)
+    kind: Any = "normal" if distribution == "sphere" else distribution
+    v = tree.random_like(jax.random.fold_in(key, index), struct, distribution=kind)
+    if distribution == "sphere":
+        total = sum(int(np.prod(s)) for s in shapes)
+        v = tree.scale(np.sqrt(total) / tree.norm(v), v)
+    return v
 
-    def one(index):
-        kind: Any = "normal" if distribution == "sphere" else distribution
-        v = tree.random_like(jax.random.fold_in(key, index), struct, distribution=kind)
-        if distribution == "sphere":
-            v = tree.scale(np.sqrt(total) / tree.norm(v), v)
-        return v
 
-    return jax.vmap(one)(indices)
+@functools.partial(jax.jit, static_argnames=("like", "distribution"))
+def _draw_many(key: jax.Array, indices: jax.Array, *, like: Any, distribution: str) -> PyTree:
+    return jax.vmap(lambda i: _draw(key, i, like=like, distribution=distribution))(indices)
+
+
+@jax.jit
+def _stacked(vectors: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *x: jnp.stack(x), *vectors)
 
 
 def probes(
@@ -184,8 +191,13 @@ def probes(
     """
     leaves, treedef = jax.tree.flatten(operator.like)
     like = (treedef, tuple(jnp.shape(x) for x in leaves), np.dtype(operator.dtype))
-    numbers = jnp.arange(start, stop, dtype=jnp.uint32)
-    drawn = _draw(key, numbers, like=like, distribution=distribution)
+    numbers = np.arange(start, stop, dtype=np.uint32)
+    if len(numbers) <= 16 or operator.size > 4096:
+        # One after another takes the least memory and one compiled program for every block.
+        one = functools.partial(_draw, key, like=like, distribution=distribution)
+        drawn = _stacked([one(number) for number in numbers])
+    else:
+        drawn = _draw_many(key, numbers, like=like, distribution=distribution)
     return jax.tree.map(lambda x, leaf: placed(x, leaf, stacked=True), drawn, operator.like)
 
 
