@@ -189,16 +189,24 @@ def probes(
         stop: The number after the last.
         distribution: 'rademacher', 'normal', or 'sphere': normal, scaled to the norm sqrt(n).
     """
-    leaves, treedef = jax.tree.flatten(operator.like)
-    like = (treedef, tuple(jnp.shape(x) for x in leaves), np.dtype(operator.dtype))
-    numbers = np.arange(start, stop, dtype=np.uint32)
-    if len(numbers) <= 16 or operator.size > 4096:
+    if stop - start <= 16 or operator.size > 4096:
         # One after another takes the least memory and one compiled program for every block.
-        one = functools.partial(_draw, key, like=like, distribution=distribution)
-        drawn = _stacked([one(number) for number in numbers])
-    else:
-        drawn = _draw_many(key, numbers, like=like, distribution=distribution)
+        return _stacked([probe(operator, key, i, distribution) for i in range(start, stop)])
+    numbers = np.arange(start, stop, dtype=np.uint32)
+    drawn = _draw_many(key, numbers, like=_shapes(operator), distribution=distribution)
     return jax.tree.map(lambda x, leaf: placed(x, leaf, stacked=True), drawn, operator.like)
+
+
+def probe(operator: Operator, key: jax.Array, number: int, distribution: Distribution) -> PyTree:
+    """One of them, not stacked."""
+    like = _shapes(operator)
+    drawn = _draw(key, np.uint32(number), like=like, distribution=distribution)
+    return jax.tree.map(placed, drawn, operator.like)
+
+
+def _shapes(operator: Operator) -> Any:
+    leaves, treedef = jax.tree.flatten(operator.like)
+    return treedef, tuple(jnp.shape(x) for x in leaves), np.dtype(operator.dtype)
 
 
 def placed(values: jax.Array, leaf: Any, *, stacked: bool = False) -> jax.Array:

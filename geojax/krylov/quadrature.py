@@ -359,13 +359,13 @@ def _drive(
 
     def begin(block, run):
         first, end = ranges[block]
-        start = known.off(probes_.probes(operator, key, first, end, "normal"), True)
+        options = {"num_steps": steps, "reorthogonalize": reorthogonalize}
         if end - first == 1:
-            state = _init_one(
-                probes_.without_axis(start), num_steps=steps, reorthogonalize=reorthogonalize
-            )
+            start = probes_.probe(operator, key, first, "normal")
+            state = _init_one(known.off(start, False), **options)
         else:
-            state = _init_many(start, num_steps=steps, reorthogonalize=reorthogonalize)
+            start = probes_.probes(operator, key, first, end, "normal")
+            state = _init_many(known.off(start, True), **options)
         return run._replace(state=state)
 
     shape, dtype = (num_probes, steps), operator.dtype
