@@ -488,7 +488,7 @@ class Worker:
 
         matrix, operator = self._matrix(name)
         if who == "curvlinops xtrace":
-            from curvlinops.trace import xtrace
+            from curvlinops import xtrace
 
             self.torch.manual_seed(0)
             return [float(xtrace(matrix, products)) for _ in range(trials)]
