@@ -22,12 +22,14 @@ __all__ = [
     "check_floating",
     "check_same",
     "combine",
+    "explicit_sharding",
     "inner_products",
     "merge",
     "norm",
     "num_points",
     "partition",
     "paths",
+    "placed_like",
     "random_like",
     "scale",
     "size",
@@ -165,7 +167,7 @@ def merge(selected: PyTree, rest: PyTree) -> PyTree:
     )
 
 
-def _explicit(array: Any) -> NamedSharding | None:
+def explicit_sharding(array: Any) -> NamedSharding | None:
     """The sharding in the array's type, where that type has Explicit mesh axes."""
     sharding = getattr(jax.typeof(array), "sharding", None)
     if sharding is None or AxisType.Explicit not in sharding.mesh.axis_types:
@@ -175,7 +177,7 @@ def _explicit(array: Any) -> NamedSharding | None:
 
 def _member_axis_replicated(array: jax.Array) -> jax.Array:
     """The array with its leading axis unsharded, where the type system insists on it."""
-    sharding = _explicit(array)
+    sharding = explicit_sharding(array)
     if sharding is None or not sharding.spec or sharding.spec[0] is None:
         return array
     return jax.sharding.reshard(
@@ -337,7 +339,7 @@ def inner_products(points: PyTree, x: PyTree) -> jax.Array:
                 f"{a.shape[1:]} in x."
             )
         a, b = _member_axis_replicated(a).astype(dtype), b.astype(dtype)
-        if _explicit(a) is not None or _explicit(b) is not None:
+        if explicit_sharding(a) is not None or explicit_sharding(b) is not None:
             # A dot over several sharded axes has no rule on an Explicit mesh.
             total = total + jnp.sum(a * b[None], axis=tuple(range(1, a.ndim)))
         else:
@@ -479,16 +481,16 @@ def random_like(
     for path, leaf in leaves:
         leaf_key = jax.random.fold_in(key, np.uint32(zlib.crc32(path.encode())))
         values = sample(leaf_key, jnp.shape(leaf), dtype or jnp.result_type(leaf))
-        out.append(_placed_like(values, leaf))
+        out.append(placed_like(values, leaf))
     return jax.tree.unflatten(treedef, out)
 
 
-def _placed_like(values: jax.Array, leaf: Any) -> jax.Array:
+def placed_like(values: jax.Array, leaf: Any) -> jax.Array:
     """`values` in the sharding of `leaf`, where that is known here."""
     if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
         # What is committed to no device stays so, free to join arrays on a mesh.
         return jax.device_put(values, leaf.sharding) if leaf.committed else values
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return values if leaf.sharding is None else jax.device_put(values, leaf.sharding)
-    sharding = _explicit(leaf)
+    sharding = explicit_sharding(leaf)
     return values if sharding is None else jax.sharding.reshard(values, sharding)

@@ -105,7 +105,7 @@ def _scattered(seed: jax.Array, like: PyTree) -> PyTree:
             h = (h ^ (h >> np.uint32(shift))) * np.uint32(factor)
         h = h ^ (h >> np.uint32(16))
         values = (h >> np.uint32(8)).astype(leaf.dtype) * 2.0**-23 - 1
-        out.append(tree._placed_like(values, leaf))
+        out.append(tree.placed_like(values, leaf))
     return jax.tree.unflatten(treedef, out)
 
 
