@@ -37,6 +37,7 @@ __all__ = [
     "inverse",
     "num_fixed_points",
     "random",
+    "select",
     "to_matrices",
 ]
 
@@ -211,8 +212,59 @@ def _leaf_of(spec: PermutationSpec, path: str, value: Any) -> Leaf | None:
     return leaf
 
 
-def _permuted(spec: PermutationSpec, leaf: Leaf, permutation: Permutation, value: Any) -> Any:
+def select(
+    spec: PermutationSpec, wide: PermutationSpec, permutation: Permutation, tree: PyTree
+) -> PyTree:
+    """The part of a wider network that a matching with a narrower one has chosen.
+
+    Args:
+        spec: The symmetry of the narrower network.
+        wide: That of the wider one: the same groups, with at least as many units each.
+        permutation: For each group of `spec` the units of the wider network to keep, in their new
+            order: each at most once.
+        tree: The wider network's parameters, under the paths of `wide`.
+
+    Returns:
+        A tree in the narrower network's shapes. It is another function than the wide network,
+        which has lost units, and nothing is rescaled.
+
+    Raises:
+        SpecError: If the specs do not fit each other, or a unit is chosen twice.
+    """
+    for group in spec.groups:
+        order = np.asarray(_order(permutation[group.name]))
+        rows = np.sort(order, axis=-1)
+        limit = wide[group.name].size
+        if order.shape != group.shape or rows.min() < 0 or rows.max() >= limit:
+            raise SpecError(
+                f"the entry of group {group.name!r} has shape {order.shape} and values "
+                f"{rows.min()}..{rows.max()}; expected {group.shape} below {limit}."
+            )
+        if (rows[..., 1:] == rows[..., :-1]).any():
+            raise SpecError(f"the entry of group {group.name!r} chooses a unit twice.")
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    out = []
+    for path, value in leaves:
+        where = jax.tree_util.keystr(path) or "(root)"
+        source = _leaf_of(wide, where, value)
+        if source is None:
+            out.append(value)
+            continue
+        leaf = spec.by_path[source.path]
+        out.append(_permuted(spec, leaf, permutation, value, source))
+    return jax.tree.unflatten(treedef, out)
+
+
+def _permuted(
+    spec: PermutationSpec,
+    leaf: Leaf,
+    permutation: Permutation,
+    value: Any,
+    old: Leaf | None = None,
+) -> Any:
+    """A leaf moved; `old` is its layout before, where that has more units."""
     value = jnp.asarray(value)
+    old = leaf if old is None else old
     moving = [
         [f for f in factors(layout) if f.name in permutation and f.size > 1] for layout in leaf.axes
     ]
@@ -237,7 +289,7 @@ def _permuted(spec: PermutationSpec, leaf: Leaf, permutation: Permutation, value
         outside = {}
         for other in needs[axis]:
             outside |= _coordinates(leaf, other, value.ndim)
-        source, scale = _source(spec, leaf, axis, permutation, outside, value.ndim)
+        source, scale = _source(spec, leaf, old, axis, permutation, outside)
         value = _taken(value, source, axis)
         if scale is not None:
             value = value * scale.astype(value.dtype)
@@ -254,7 +306,7 @@ def _taken(value: Any, source: Any, axis: int) -> Any:
         spec[axis] = None
         whole = NamedSharding(explicit.mesh, PartitionSpec(*spec))
         value = jax.sharding.reshard(value, whole)
-    if source.size == source.shape[axis]:
+    if source.size == source.shape[axis]:  # it depends on no other axis
         moved = value.at[(slice(None),) * axis + (source.reshape(-1),)]
         moved = moved.get(mode="clip", out_sharding=None if explicit is None else whole)
     else:
@@ -273,24 +325,30 @@ def _coordinates(leaf: Leaf, axis: int, ndim: int) -> dict[str, Any]:
 def _source(
     spec: PermutationSpec,
     leaf: Leaf,
+    old: Leaf,
     axis: int,
     permutation: Permutation,
     outside: dict[str, Any],
-    ndim: int,
 ) -> tuple[Any, Any]:
     """Where each position of an axis comes from, and its factor; over the axes it depends on."""
+    ndim = len(leaf.shape)
     shape = [-1 if a == axis else 1 for a in range(ndim)]
     sources, scales, scaled = [], [], False
-    alternatives = segments(leaf.axes[axis])
     places = positions(leaf.axes[axis])
-    for segment, place in zip(alternatives, places, strict=True):
+    for segment, place, segment_old, place_old in zip(
+        segments(leaf.axes[axis]),
+        places,
+        segments(old.axes[axis]),
+        positions(old.axes[axis]),
+        strict=True,
+    ):
         sizes = [f.size for f in segment]
         here = np.unravel_index(np.arange(len(place)), sizes)
         inside = outside | {
             f.name: x.reshape(shape) for f, x in zip(segment, here, strict=True) if f.name
         }
         total, scale = 0, jnp.ones((1,) * ndim, jnp.float32)
-        for factor, own in zip(segment, here, strict=True):
+        for factor, factor_old, own in zip(segment, segment_old, here, strict=True):
             own = own.reshape(shape)
             if factor.name in permutation:
                 entry = permutation[factor.name]
@@ -299,8 +357,8 @@ def _source(
                 if isinstance(entry, Monomial) and factor.power:
                     scale = scale * jnp.asarray(entry.scale)[at] ** factor.power
                     scaled = True
-            total = total * factor.size + own
-        sources.append(jnp.asarray(place, jnp.int32)[total])
+            total = total * factor_old.size + own
+        sources.append(jnp.asarray(place_old, jnp.int32)[total])
         scales.append(scale)
     if len(sources) == 1:
         return sources[0], scales[0] if scaled else None

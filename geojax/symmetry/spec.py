@@ -304,16 +304,20 @@ class PermutationSpec:
     def _select(self, patterns: Any, which: str) -> set[str]:
         if callable(patterns):
             return {leaf.path for leaf in self.leaves if patterns(leaf.path)}
-        found: set[str] = set()
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            hits = {leaf.path for leaf in self.leaves if fnmatchcase(short(leaf.path), pattern)}
-            if not hits:
-                paths = ", ".join(short(leaf.path) for leaf in self.leaves[:6])
-                raise SpecError(
-                    f"{which} pattern {pattern!r} matches no leaf; paths are {paths} ..."
-                )
-            found |= hits
-        return found
+        chosen = [patterns] if isinstance(patterns, str) else patterns
+        return {path for pattern in chosen for path in self.matching(pattern, which)}
+
+    def matching(self, pattern: str, which: str = "the") -> list[str]:
+        """The paths of the leaves that a glob pattern over slash paths names.
+
+        Raises:
+            SpecError: If there is none.
+        """
+        hits = [leaf.path for leaf in self.leaves if fnmatchcase(short(leaf.path), pattern)]
+        if not hits:
+            paths = ", ".join(short(leaf.path) for leaf in self.leaves[:6])
+            raise SpecError(f"{which} pattern {pattern!r} matches no leaf; paths are {paths} ...")
+        return hits
 
     def _without(self, names: set[str]) -> "PermutationSpec":
         # A group that depends on a fixed one goes on depending on it, as on an index.
