@@ -11,7 +11,7 @@ import sys
 MODULES = [
     "tree", "batches", "fit", "statistics", "surface", "objectives", "models", "datasets",
     "datasets.augment", "checkpoint", "plot", "report", "progress", "krylov", "hessian",
-    "hessian.output_losses",
+    "hessian.output_losses", "symmetry", "permute", "assignment",
 ]  # fmt: skip
 
 

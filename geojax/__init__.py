@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from geojax import (
+        assignment,
         batches,
         checkpoint,
         datasets,
@@ -19,17 +20,20 @@ if TYPE_CHECKING:
         krylov,
         models,
         objectives,
+        permute,
         plot,
         progress,
         report,
         statistics,
         surface,
+        symmetry,
         tree,
     )
 
 __version__ = _version("geojax")
 __all__ = [
     "__version__",
+    "assignment",
     "batches",
     "checkpoint",
     "datasets",
@@ -38,11 +42,13 @@ __all__ = [
     "krylov",
     "models",
     "objectives",
+    "permute",
     "plot",
     "progress",
     "report",
     "statistics",
     "surface",
+    "symmetry",
     "tree",
 ]
 

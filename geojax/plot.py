@@ -37,7 +37,8 @@ def curves(
         panels: One mapping for each panel: 'x' and 'y' labels of the axes; 'lines', a dict from
             label to (x values, y values) or (x values, y values, half width of a band); and
             optionally 'title', 'log' (a logarithmic y axis), 'percent' (y values are fractions,
-            shown in %), 'marks' (a dict from label to (x, y) of single points).
+            shown in %), 'marks' (a dict from label to (x, y) of single points), 'legend' ("above"
+            the axes instead of inside).
         size: Width and height of a panel in inches.
 
     Returns:
@@ -77,7 +78,9 @@ def curves(
             if panel.get("percent"):
                 axes.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, symbol=" %"))
             if len(panel["lines"]) + len(panel.get("marks", {})) > 1:
-                axes.legend()
+                # Over the axes, in two columns, where many lines would run behind it.
+                above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
+                axes.legend(**(above if panel.get("legend") == "above" else {}))
         return figure
 
 

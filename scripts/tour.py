@@ -1,4 +1,4 @@
-"""The tour: two networks on real digits, the line between them, and a report page.
+"""The tour: two networks on real digits, the line between them, its geometry, a report page.
 
 Trains on the 1797 handwritten digits that scikit-learn carries, so it needs no download. Everything
 that it prints is also in the report, with each figure as PNG and the data behind it as NPZ.
@@ -16,7 +16,7 @@ import tyro
 import geojax
 from geojax import batches, checkpoint, datasets, fit, hessian, krylov, models, objectives, plot
 
-from geojax import report, statistics, surface, tree  # isort: skip
+from geojax import permute, report, statistics, surface, symmetry, tree  # isort: skip
 
 BATCH_SIZE, EPOCHS, RATE, DECAY = 128, 100, 0.05, 5e-4
 
@@ -159,8 +159,68 @@ def straight_line(page, data, model, trained):
     )
 
 
+def alignment(page, data, model, trained):
+    """Chapter 3: the same line, with the second network's units in the first one's order."""
+
+    def outputs(params, inputs):
+        return model.apply(params, {}, inputs, False)[0]
+
+    spec = symmetry.permutation_spec(outputs, trained[0], data.train.inputs[:2])
+    proof = symmetry.check(spec, outputs, trained[0], data.train.inputs[:2], key=jax.random.key(0))
+    found = permute.weight_matching(spec, *trained)
+    metrics_fn = objectives.metrics(model.apply, {})
+    rows, panels, values = [], [], {}
+    for name, part in (("train", data.train), ("test", data.test)):
+        line = permute.barrier(
+            metrics_fn, *trained, part, spec=spec, permutation=found.permutation,
+            ts=np.linspace(0, 1, 31),
+        )  # fmt: skip
+        ways = {"before": line.naive, "after": line.aligned}
+        for when, measured in ways.items():
+            loss, error = measured["loss"], measured["error"]
+            rows.append(
+                {
+                    "on the segment": f"{name}, {when} alignment",
+                    "highest loss": f"{loss.highest:.4f}",
+                    "loss barrier": f"{loss.height:.4f}",
+                    "above the mean of the ends": f"{loss.height_over_mean:.4f}",
+                    "highest error": f"{error.highest:.2%}",
+                }
+            )
+            values |= {f"{name}_{when}_loss": loss.values, f"{name}_{when}_error": error.values}
+        panels.append(
+            {
+                "x": "position t on the segment",
+                "y": f"{name} loss (nats)",
+                "legend": "above",
+                "lines": {
+                    f"{when} alignment": (line.ts, x["loss"].values) for when, x in ways.items()
+                },
+            }
+        )
+    page.chapter(
+        "The same line, modulo permutation",
+        "Hidden units have no order of their own: permuting them, with their weights, leaves the "
+        f"network the same function. The {len(spec.groups)} groups of units were read off the "
+        "model's own computation, and random permutations changed its outputs by at most "
+        f"{proof.joint:.0e} of their size. Matching the second network's units with the "
+        f"first's brings the distance from {line.distance_naive:.1f} to "
+        f"{line.distance_aligned:.1f}, and the barrier from {rows[0]['loss barrier']} to "
+        f"{rows[1]['loss barrier']} nats on the training digits.",
+    )
+    page.table(rows)
+    print(f"\nThe same line, modulo permutation\n{report.text_table(rows)}")
+    page.figure(
+        "alignment",
+        plot.png(plot.curves(panels)),
+        "Loss on the segment between the two networks before and after the units of the second are "
+        "permuted, on training digits (left) and test digits (right).",
+        {"t": line.ts} | values,
+    )
+
+
 def normalisation(page, data, options, seeds):
-    """Chapter 3: a network with BatchNorm is wrong at a new point until refreshed."""
+    """Chapter 4: a network with BatchNorm is wrong at a new point until refreshed."""
     model = models.build("mlp", **options, norm="batch")
     (first, state), (second, _) = train(model, data, seeds)
     ts = np.linspace(0, 1, 11)
@@ -207,7 +267,7 @@ def normalisation(page, data, options, seeds):
 
 
 def curvature(page, data, model, params, seed):
-    """Chapter 4: the largest eigenvalues of the Hessian, each with its error, and the density."""
+    """Chapter 5: the largest eigenvalues of the Hessian, each with its error, and the density."""
     loss_fn = objectives.evaluation_loss(model.apply, {})
     keys = jax.random.split(jax.random.key(seed), 3)
     pairs = hessian.eigenthings(loss_fn, params, data.train, 12, key=keys[0])
@@ -282,6 +342,7 @@ def main(options: Options) -> None:
     seeds = (options.seed, options.seed + 1)
     trained = networks(page, data, model, model_options, seeds)
     straight_line(page, data, model, trained)
+    alignment(page, data, model, trained)
     normalisation(page, data, model_options, seeds)
     curvature(page, data, model, trained[0], options.seed)
     path = page.write()

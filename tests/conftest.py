@@ -4,6 +4,8 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Workers that each start a BLAS thread per core only wait for one another.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # The programs under test are small and run a few times each: compiling them is most of the work,
 # and LLVM's optimiser much of that. `make demo` and the benchmarks compile as users do.
 os.environ.setdefault(

@@ -7,6 +7,7 @@ augmentation is in `augment`. Optional dependencies load only where they are use
 
 from geojax.datasets import augment
 from geojax.datasets.loading import NAMES, load, prepare
+from geojax.datasets.splits import class_skewed_split
 from geojax.datasets.synthetic import regression_1d, two_spirals
 from geojax.datasets.tables import (
     NORMALIZATIONS,
@@ -23,6 +24,7 @@ __all__ = [
     "Examples",
     "Normalization",
     "augment",
+    "class_skewed_split",
     "load",
     "normalize",
     "prepare",

@@ -50,7 +50,8 @@ class ManyResult(NamedTuple):
     Attributes:
         params: The mean of the permuted networks; leaves have the dtype of the first network's.
         permutations: One per network, into the common frame: `apply_permutation(spec, p, params)`.
-        objective: The sum over pairs i < j of <p_i(x_i), p_j(x_j)>, in float64.
+        objective: The sum over pairs i < j of <p_i(x_i), p_j(x_j)> over all entries that a group
+            moves, in float64.
         initial: The same with the networks as they came.
         bound: No permutations give more: the sum over pairs and leaves of |x_i| |x_j|.
         similarity: `(n, n)` inner products of the permuted networks.
@@ -86,11 +87,6 @@ class _Frame:
                 "matching many networks knows permutations alone, and the spec has signed groups; "
                 "use the spec without kinds."
             )
-        # What no group moves is the same in every frame, and enters the objective as a constant.
-        held = {term.path for term in self.problems[0].terms}
-        self.constants = [
-            {path: x for path, x in network.items() if path not in held} for network in networks
-        ]
         self.states: list[State] = [problem.identity() for problem in self.problems]
         self.moved = [self._move(i, self.states[i]) for i in range(len(networks))]
         self.total = [functools.reduce(np.add, blocks) for blocks in zip(*self.moved, strict=True)]
@@ -125,7 +121,6 @@ class _Frame:
         out = np.empty((n, n))
         for i, j in itertools.combinations_with_replacement(range(n), 2):
             value = sum(inner(a, b) for a, b in zip(self.moved[i], self.moved[j], strict=True))
-            value += sum(inner(a, self.constants[j][path]) for path, a in self.constants[i].items())
             out[i, j] = out[j, i] = value
         return out
 
@@ -133,10 +128,6 @@ class _Frame:
         """The sum over pairs of inner products, in float64 and in O(n)."""
         whole = sum(inner(x, x) for x in self.total)
         own = sum(inner(x, x) for blocks in self.moved for x in blocks)
-        for path in self.constants[0]:
-            total = functools.reduce(np.add, (x[path].astype(np.float64) for x in self.constants))
-            whole += inner(total, total)
-            own += sum(inner(x[path], x[path]) for x in self.constants)
         return (whole - own) / 2
 
 
@@ -246,11 +237,7 @@ def _result(frame, trees, initial, history, converged, rounds) -> ManyResult:
     )
     similarity = frame.similarity()
     norms = np.array(
-        [
-            [float(np.linalg.norm(term.b)) for term in problem.terms]
-            + [float(np.linalg.norm(x)) for x in constant.values()]
-            for problem, constant in zip(frame.problems, frame.constants, strict=True)
-        ]
+        [[float(np.linalg.norm(x.b)) for x in problem.terms] for problem in frame.problems]
     )
     bound = float((np.square(norms.sum(0)).sum() - np.square(norms).sum()) / 2)
     weights = np.full(len(trees), 1 / len(trees), np.float32)

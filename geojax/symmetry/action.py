@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from geojax import tree as trees
@@ -136,7 +137,7 @@ def check_permutation(spec: PermutationSpec, permutation: Permutation) -> None:
                 f"the entry of group {group.name!r} is {order.dtype}{list(jnp.shape(order))}; "
                 f"expected integers of shape {list(group.shape)}."
             )
-        if isinstance(order, jax.core.Tracer):
+        if isinstance(order, Tracer):
             continue
         if (np.sort(np.asarray(order), axis=-1) != np.arange(group.size)).any():
             raise SpecError(
@@ -178,10 +179,9 @@ def apply(spec: PermutationSpec, permutation: Permutation, tree: PyTree) -> PyTr
     for path, value in leaves:
         where = jax.tree_util.keystr(path) or "(root)"
         leaf = _leaf_of(spec, where, value)
-        moves = leaf is not None and any(name in permutation for name in leaf.groups())
-        out.append(
-            trees.placed_like(_permuted(spec, leaf, permutation, value), value) if moves else value
-        )
+        if leaf is not None and any(name in permutation for name in leaf.groups()):
+            value = trees.placed_like(_permuted(spec, leaf, permutation, value), value)
+        out.append(value)
     return jax.tree.unflatten(treedef, out)
 
 

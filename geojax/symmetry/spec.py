@@ -340,6 +340,31 @@ class PermutationSpec:
         )
         return dataclasses.replace(self, leaves=leaves, groups=groups)
 
+    def at(self, key: str) -> "PermutationSpec":
+        """The spec of one entry of the tree, such as "params" of a network's variables.
+
+        Raises:
+            SpecError: If there is no such entry.
+
+        Example:
+            >>> leaf = Leaf("['params']['w']", (3,), (Factor("h", 3),))
+            >>> PermutationSpec((leaf,), (Group("h", 3),)).at("params").members("h")
+            [("['w']", 0)]
+        """
+        prefix = f"['{key}']"
+        leaves = [leaf for leaf in self.leaves if leaf.path.startswith(prefix)]
+        if not leaves:
+            first = sorted({leaf.path.split("]")[0] + "]" for leaf in self.leaves})
+            raise SpecError(f"the spec has no entry {prefix}; its entries are {', '.join(first)}.")
+        cut = tuple(dataclasses.replace(x, path=x.path[len(prefix) :]) for x in leaves)
+        held = {name for leaf in cut for name in leaf.groups()}
+        return PermutationSpec(
+            cut,
+            tuple(group for group in self.groups if group.name in held),
+            tuple(path[len(prefix) :] for path in self.unused if path.startswith(prefix)),
+            self.notes,
+        )
+
     def rename(self, names: Mapping[str, str]) -> "PermutationSpec":
         """The spec with groups called otherwise; `names` maps old to new."""
         for old in names:
@@ -448,7 +473,14 @@ class PermutationSpec:
                     for x in document["leaves"]
                 ),
                 groups=tuple(
-                    Group(**{k: tuple(v) if isinstance(v, list) else v for k, v in g.items()})
+                    Group(
+                        g["name"],
+                        g["size"],
+                        tuple(g["index"]),
+                        tuple(g["index_sizes"]),
+                        g["kind"],
+                        g["free"],
+                    )
                     for g in document["groups"]
                 ),
                 unused=tuple(document["unused"]),

@@ -1,7 +1,7 @@
-"""Normalisation statistics at any point of weight space: the exact ones, for any model.
+"""Running statistics of normalisation layers, exact ones for any model, from a data set.
 
 A network with BatchNorm is wrong at a new point until its running statistics are those of that
-point. They are computed here from a data set, not tracked along a training run.
+point. They are computed here, not tracked along a training run.
 """
 
 import functools
@@ -11,12 +11,20 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import eval_jaxpr
 from jax.extend import core as jex
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from geojax import batches as batches_
 from geojax import tree
+from geojax.statistics._program import (
+    Constant,
+    Instruction,
+    Program,
+    ancestors,
+    descendants,
+    evaluate,
+    inline,
+)
 
 __all__ = ["refresh", "refresh_points", "statistic_paths"]
 
@@ -34,95 +42,6 @@ _METHODS = ("exact", "batchwise", "mean_of_batches")
 #   batch, whatever the batches;
 # - momentum never enters: the batch statistic is read where the running average reads it, in the
 #   model's jaxpr.
-
-
-# ------------------------------------------------------------------- reading a model's jaxpr
-
-
-class _Instruction(NamedTuple):
-    """One primitive of an inlined jaxpr; an atom is a variable's number or a literal."""
-
-    eqn: Any
-    inputs: tuple[Any, ...]
-    outputs: tuple[int, ...]
-
-
-class _Program(NamedTuple):
-    """A jaxpr without nested calls; every variable has a number of its own."""
-
-    instructions: list[_Instruction]
-    inputs: list[int]
-    outputs: list[Any]
-    constants: dict[int, Any]
-    template: Any  # the outer jaxpr, from which others are made
-
-
-class _Literal(NamedTuple):
-    value: Any
-
-
-_INLINED = {
-    "jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call",
-    "custom_vjp_call_jaxpr", "checkpoint", "remat", "remat2",
-}  # fmt: skip
-
-
-def _inline(closed: Any) -> _Program:
-    instructions: list[_Instruction] = []
-    constants: dict[int, Any] = {}
-    count = 0
-
-    def fresh() -> int:
-        nonlocal count
-        count += 1
-        return count - 1
-
-    def walk(jaxpr: Any, consts: Any, arguments: list[Any]) -> list[Any]:
-        numbers: dict[Any, Any] = {}
-        for var, value in zip(jaxpr.constvars, consts, strict=True):
-            numbers[var] = fresh()
-            constants[numbers[var]] = value
-        numbers.update(zip(jaxpr.invars, arguments, strict=True))
-
-        def atom(x):
-            return _Literal(x.val) if isinstance(x, jex.Literal) else numbers[x]
-
-        for eqn in jaxpr.eqns:
-            inputs = [atom(x) for x in eqn.invars]
-            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            if eqn.primitive.name in _INLINED and inner is not None:
-                is_closed = isinstance(inner, jex.ClosedJaxpr)
-                body, given = (inner.jaxpr, inner.consts) if is_closed else (inner, ())
-                numbers.update(zip(eqn.outvars, walk(body, given, inputs), strict=True))
-                continue
-            outputs = tuple(fresh() for _ in eqn.outvars)
-            numbers.update(zip(eqn.outvars, outputs, strict=True))
-            instructions.append(_Instruction(eqn, tuple(inputs), outputs))
-        return [atom(x) for x in jaxpr.outvars]
-
-    inputs = [fresh() for _ in closed.jaxpr.invars]
-    outputs = walk(closed.jaxpr, closed.consts, list(inputs))
-    return _Program(instructions, inputs, outputs, constants, closed.jaxpr)
-
-
-def _descendants(program: _Program, roots: set[int]) -> set[int]:
-    found = set(roots)
-    for instruction in program.instructions:
-        if any(x in found for x in instruction.inputs if isinstance(x, int)):
-            found.update(instruction.outputs)
-    return found
-
-
-def _ancestors(producers: dict[int, _Instruction], root: int) -> set[int]:
-    found, stack = set(), [root]
-    while stack:
-        x = stack.pop()
-        if x in found:
-            continue
-        found.add(x)
-        if x in producers:
-            stack += [y for y in producers[x].inputs if isinstance(y, int)]
-    return found
 
 
 class _Layer(NamedTuple):
@@ -148,7 +67,7 @@ _AVERAGING = {"add", "add_any", "sub", "mul", "div", "neg", "select_n"} | _PEELE
 
 
 def _batch_statistic(
-    producers: dict[int, _Instruction], out: Any, from_state: set[int], from_data: set[int]
+    producers: dict[int, Instruction], out: Any, from_state: set[int], from_data: set[int]
 ) -> int | str:
     """The variable that a running average reads from the batch, or what stands in the way."""
     found: set[int] = set()
@@ -167,7 +86,7 @@ def _batch_statistic(
             continue
         scaled = [y for y in instruction.inputs if isinstance(y, int) and y in from_data]
         alone = [y for y in instruction.inputs if y not in scaled]
-        constant = all(isinstance(y, _Literal) for y in alone)
+        constant = all(isinstance(y, Constant) for y in alone)
         if name in ("mul", "neg") and len(scaled) == 1 and constant and _same_size(instruction):
             stack += scaled  # the weight 1 - momentum
         elif name in _PEELED and _same_size(instruction):
@@ -179,12 +98,12 @@ def _batch_statistic(
     return found.pop()
 
 
-def _same_size(instruction: _Instruction) -> bool:
+def _same_size(instruction: Instruction) -> bool:
     sizes = [v.aval.size for v in instruction.eqn.invars if not isinstance(v, jex.Literal)]
     return all(size == instruction.eqn.outvars[0].aval.size for size in sizes)
 
 
-def _elements(producers: dict[int, _Instruction], x: int) -> int | None:
+def _elements(producers: dict[int, Instruction], x: int) -> int | None:
     """How many elements the nearest reduction behind a statistic takes together."""
     while x in producers:
         instruction = producers[x]
@@ -206,7 +125,7 @@ def _partner(path: str) -> list[str]:
 
 
 class _Reading(NamedTuple):
-    program: _Program
+    program: Program
     layers: list[_Layer]
 
 
@@ -218,13 +137,13 @@ def _read(apply_fn: Callable, params: PyTree, state: PyTree, inputs: PyTree) -> 
         tree.check_same(state, new_state, names=("state", "the state that apply_fn returned"))
         return jax.tree.leaves(new_state)
 
-    program = _inline(jax.make_jaxpr(train)(params, state, inputs))
+    program = inline(jax.make_jaxpr(train)(params, state, inputs))
     paths = tree.paths(state)
     num_params, num_state = len(jax.tree.leaves(params)), len(paths)
     state_numbers = program.inputs[num_params : num_params + num_state]
     producers = {y: i for i in program.instructions for y in i.outputs}
-    from_data = _descendants(program, set(program.inputs[num_params + num_state :]))
-    from_state = _descendants(program, set(state_numbers))
+    from_data = descendants(program, set(program.inputs[num_params + num_state :]))
+    from_state = descendants(program, set(state_numbers))
     position = {y: k for k, i in enumerate(program.instructions) for y in i.outputs}
 
     statistics: dict[str, tuple[int, int]] = {}
@@ -250,8 +169,8 @@ def _read(apply_fn: Callable, params: PyTree, state: PyTree, inputs: PyTree) -> 
         claimed |= {path} | {p for p in _partner(path) if p in statistics}
         own = frozenset()
         if var is not None:
-            after_mean = _descendants(program, {statistic})
-            own = frozenset(after_mean & _ancestors(producers, var[1]))
+            after_mean = descendants(program, {statistic})
+            own = frozenset(after_mean & ancestors(producers, var[1]))
         layers.append(
             _Layer(
                 leaf,
@@ -276,32 +195,15 @@ def _run(
 ) -> list[tuple[jax.Array, jax.Array | None]]:
     """The batch's own (mean, variance) of each layer, with `replaced` in their place downstream."""
     program, layers = reading
-    values: dict[int, Any] = dict(program.constants)
-    values.update(zip(program.inputs, arguments, strict=True))
     own = {layer.mean: layer.own for layer in layers}
     wanted = {x for layer in layers for x in (layer.mean, layer.var) if x is not None}
 
-    def read(x, outputs):
-        if isinstance(x, _Literal):
-            return x.value
+    def read(x, value, outputs):
         if x in replaced and not (x in own and any(y in own[x] for y in outputs)):
-            return replaced[x](values[x])
-        return values[x]
+            return replaced[x](value)
+        return value
 
-    missing = set(wanted)
-    for instruction in program.instructions:
-        eqn = instruction.eqn
-        given = [read(x, instruction.outputs) for x in instruction.inputs]
-        # One equation as a jaxpr of its own: how primitives are bound varies between versions.
-        bound = {v: g for v, g in zip(eqn.invars, given, strict=True) if isinstance(v, jex.Var)}
-        single = program.template.replace(
-            constvars=[], invars=list(bound), outvars=list(eqn.outvars), eqns=[eqn]
-        )
-        out = eval_jaxpr(single, (), *bound.values())
-        values.update(zip(instruction.outputs, out, strict=True))
-        missing.difference_update(instruction.outputs)
-        if not missing:
-            break
+    values = evaluate(program, arguments, wanted, read)
     return [(values[x.mean], None if x.var is None else values[x.var]) for x in layers]
 
 
@@ -316,7 +218,7 @@ class _Moments(NamedTuple):
     within: jax.Array | None  # variance within the batch
 
 
-def _first_input(batch: PyTree) -> PyTree:
+def first_input(batch: PyTree) -> PyTree:
     if isinstance(batch, (tuple, list)):
         return batch[0]
     return batch["inputs"] if isinstance(batch, dict) and "inputs" in batch else batch
@@ -382,7 +284,7 @@ def statistic_paths(
     Nothing is computed: the model is traced on the shapes of its arguments.
     """
     paths = tree.paths(state)
-    layers = _layers_of(apply_fn, params, state, batch, inputs_fn or _first_input)
+    layers = _layers_of(apply_fn, params, state, batch, inputs_fn or first_input)
     return [(paths[x.mean_leaf], None if x.var_leaf is None else paths[x.var_leaf]) for x in layers]
 
 
@@ -513,7 +415,7 @@ def _refresh(
     if method not in _METHODS:
         raise ValueError(f"method is {method!r}; expected one of {', '.join(_METHODS)}.")
     source = batches_.as_batches(batches)
-    inputs_fn = inputs_fn or _first_input
+    inputs_fn = inputs_fn or first_input
     num = tree.num_points(params) if mapped else None
     leaves, treedef = jax.tree.flatten(state)
 
