@@ -63,6 +63,7 @@ def identity(spec: PermutationSpec) -> dict[str, np.ndarray]:
     """The permutation that moves nothing.
 
     Example:
+        >>> from geojax.symmetry import Factor
         >>> spec = PermutationSpec((Leaf("['w']", (3,), (Factor("h", 3),)),), (Group("h", 3),))
         >>> identity(spec)["h"].tolist()
         [0, 1, 2]
@@ -169,6 +170,7 @@ def apply(spec: PermutationSpec, permutation: Permutation, tree: PyTree) -> PyTr
             fit.
 
     Example:
+        >>> from geojax.symmetry import Factor
         >>> spec = PermutationSpec((Leaf("['w']", (3,), (Factor("h", 3),)),), (Group("h", 3),))
         >>> apply(spec, {"h": np.array([2, 0, 1])}, {"w": jnp.array([1.0, 2.0, 3.0])})
         {'w': Array([3., 1., 2.], dtype=float32)}

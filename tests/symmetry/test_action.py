@@ -10,8 +10,16 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from geojax.symmetry import Concatenation, Factor, Group, Leaf, PermutationSpec, Product, SpecError
-from geojax.symmetry import action
+from geojax.symmetry import (
+    Concatenation,
+    Factor,
+    Group,
+    Leaf,
+    PermutationSpec,
+    Product,
+    SpecError,
+    action,
+)
 
 HEADS, WIDTH, LAYERS, MODEL = 3, 4, 2, 5
 
@@ -204,8 +212,8 @@ def test_what_does_not_fit_is_refused_by_name():
         action.apply(SPEC, p, {**tree, "qkv": jnp.ones((5, 3))})
     with pytest.raises(SpecError, match=r"\['other'\] has no place"):
         action.apply(SPEC, p, {**tree, "other": jnp.ones(3)})
+    model = action.Monomial(jnp.asarray(p["model"]), jnp.ones(MODEL))
     with pytest.raises(SpecError, match="may only be permuted"):
-        model = action.Monomial(jnp.asarray(p["model"]), jnp.ones(MODEL))
         action.apply(SPEC, {**p, "model": model}, tree)
 
 
@@ -229,3 +237,73 @@ def test_sharded_parameters_stay_sharded(mesh):
     assert equal(jax.tree.map(np.asarray, moved), jax.tree.map(np.asarray, expected))
     for leaf in jax.tree.leaves(moved):
         assert leaf.sharding.is_equivalent_to(placed, leaf.ndim)
+
+
+def loss(params, batch):
+    hidden = jnp.tanh(batch["x"] @ params["w"] + params["b"][None])
+    return jnp.mean(jnp.square(hidden @ params["v"] - batch["y"]))
+
+
+def mlp_spec():
+    return PermutationSpec(
+        (
+            Leaf("['b']", (7,), (Factor("h", 7),)),
+            Leaf("['v']", (7, 2), (Factor("h", 7), Factor("", 2))),
+            Leaf("['w']", (3, 7), (Factor("", 3), Factor("h", 7))),
+        ),
+        (Group("h", 7),),
+    )
+
+
+def test_training_commutes_with_permuting_parameters_and_optimizer_state():
+    spec, rng = mlp_spec(), np.random.default_rng(0)
+    shapes = {leaf.path[2:-2]: leaf.shape for leaf in spec.leaves}
+    params = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    batch = {"x": rng.normal(size=(16, 3)), "y": rng.normal(size=(16, 2))}
+    batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), batch)
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def steps(params, state):
+        for _ in range(10):
+            updates, state = optimizer.update(jax.grad(loss)(params, batch), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state
+
+    with jax.numpy_dtype_promotion("standard"):
+        half = steps(params, optimizer.init(params))
+        p = action.random(jax.random.key(0), spec)
+        moved = steps(*(action.apply(spec, p, x) for x in half))
+        expected = action.apply(spec, p, steps(*half)[0])
+    for name in params:
+        np.testing.assert_allclose(moved[0][name], expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_at_a_permuted_point_is_the_permuted_gradient():
+    spec, rng = mlp_spec(), np.random.default_rng(1)
+    params = {
+        leaf.path[2:-2]: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+        for leaf in spec.leaves
+    }
+    batch = {"x": jnp.ones((4, 3)), "y": jnp.zeros((4, 2))}
+    p = action.random(jax.random.key(0), spec)
+    there = jax.grad(loss)(action.apply(spec, p, params), batch)
+    moved = action.apply(spec, p, jax.grad(loss)(params, batch))
+    for name in params:
+        np.testing.assert_allclose(there[name], moved[name], rtol=1e-5, atol=1e-6)
+
+
+def test_permuting_only_gathers():
+    closed = jax.make_jaxpr(functools.partial(action.apply, SPEC))(random(0), random_tree(0))
+
+    def names(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield eqn.primitive.name
+            for value in eqn.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    yield from names(inner)
+
+    found = set(names(closed.jaxpr))
+    assert "gather" in found
+    assert not found & {"dot_general", "scatter", "pure_callback", "while", "sort"}
