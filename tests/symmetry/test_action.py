@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from geojax import tree as trees
 from geojax.symmetry import (
     Concatenation,
     Factor,
@@ -113,8 +114,8 @@ def test_jit_holds_the_same_values_and_vmap_is_a_loop():
     act = functools.partial(action.apply, SPEC)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(random(s) for s in seeds))
     many = jax.vmap(act, in_axes=(0, None))(stacked, tree)
-    for i in seeds:
-        assert equal(jax.tree.map(lambda x: x[i], many), jax.jit(act)(random(i), tree))
+    for i, moved in enumerate(trees.unstack(many)):
+        assert equal(moved, jax.jit(act)(random(i), tree))
 
 
 def test_the_gradient_is_carried_by_the_inverse():
