@@ -30,6 +30,7 @@ __all__ = [
     "fit",
     "init",
     "make_step",
+    "takes_key",
     "three_phase",
     "warmup_cosine",
 ]
@@ -199,8 +200,12 @@ def init(params: PyTree, optimizer: Any, *, key: jax.Array) -> FitState:
     return FitState(params, opt_state, jax.random.clone(key), step, epoch, batch)
 
 
-def _takes_key(loss_fn: Callable) -> bool:
-    """Whether a loss is called as (params, batch, key); told from its required parameters."""
+def takes_key(loss_fn: Callable) -> bool:
+    """Whether a loss is called as (params, batch, key); told from its required parameters.
+
+    Raises:
+        TypeError: If it takes neither two nor three.
+    """
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
         parameters = inspect.signature(loss_fn).parameters.values()
@@ -308,10 +313,10 @@ def _cached(loss_fn, optimizer, has_metrics, regularizer, transform, frozen) -> 
 def _make_parts(loss_fn, optimizer, has_metrics, regularizer, transform, frozen) -> _Parts:
     import optax
 
-    takes_key = _takes_key(loss_fn)
+    with_key = takes_key(loss_fn)
 
     def data_loss(params, batch, key):
-        out = loss_fn(params, batch, key) if takes_key else loss_fn(params, batch)
+        out = loss_fn(params, batch, key) if with_key else loss_fn(params, batch)
         if has_metrics != isinstance(out, tuple):
             raise TypeError(
                 f"loss_fn returned {type(out).__name__}; expected "

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from geojax import tree
-from geojax.fit import _takes_key as takes_key
+from geojax.fit import takes_key
 
 __all__ = ["Mode", "hvp"]
 

@@ -1,0 +1,184 @@
+"""Curves measured: metrics along the whole of a curve, their integral over length, the barrier."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from geojax import batches as batches_
+from geojax import progress as bars
+from geojax import surface, tree
+from geojax.curves.bases import Basis, check_basis, coefficients, gram_of_differences
+
+__all__ = ["CurveEvaluation", "MetricOnCurve", "evaluate", "summarize"]
+
+PyTree = Any
+
+
+class MetricOnCurve(NamedTuple):
+    """One metric along a curve.
+
+    Attributes:
+        values: `(m,)`.
+        start: At the first position.
+        end: At the last.
+        lowest: The least value on the grid.
+        highest: The largest.
+        mean: The plain mean over the positions.
+        integral: The mean over arc length, by the trapezoidal rule on chords.
+        barrier: The largest rise above the straight line between the two end values, with t as
+            the abscissa; for a curve, as for a segment.
+        t_highest: Where the value is largest.
+    """
+
+    values: np.ndarray
+    start: float
+    end: float
+    lowest: float
+    highest: float
+    mean: float
+    integral: float
+    barrier: float
+    t_highest: float
+
+
+class CurveEvaluation(NamedTuple):
+    """Metrics along a curve, and its shape.
+
+    Attributes:
+        ts: `(m,)`, positions.
+        metrics: One `MetricOnCurve` for each metric.
+        lengths: `(m,)` the length of the polygon through the points, up to each.
+        length: The whole.
+        chord: The distance between the first and the last point.
+    """
+
+    ts: np.ndarray
+    metrics: dict[str, MetricOnCurve]
+    lengths: np.ndarray
+    length: float
+    chord: float
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row for each metric, for `geojax.report`."""
+        return [
+            {
+                "metric": name, "start": x.start, "end": x.end, "lowest": x.lowest,
+                "highest": x.highest, "mean": x.mean, "integral": x.integral,
+                "barrier": x.barrier, "at t": x.t_highest,
+            }
+            for name, x in self.metrics.items()
+        ]  # fmt: skip
+
+
+def summarize(ts: np.ndarray, lengths: np.ndarray, values: np.ndarray) -> MetricOnCurve:
+    """The summary of a metric that was measured at `ts`, where the curve had run `lengths`.
+
+    Args:
+        ts: `(m,)`, ascending from 0 to 1.
+        lengths: `(m,)`, not falling, from 0.
+        values: `(m,)`.
+
+    Example:
+        >>> found = summarize(np.array([0, 0.5, 1]), np.array([0, 1, 4.0]), np.array([0, 1, 1.0]))
+        >>> round(found.mean, 3), found.integral
+        (0.667, 0.875)
+    """
+    ts, lengths, values = (np.asarray(x, np.float64) for x in (ts, lengths, values))
+    total = lengths[-1] - lengths[0]
+    integral = np.trapezoid(values, lengths) / total if total > 0 else values.mean()
+    barrier = surface.barrier(ts, values)
+    return MetricOnCurve(
+        values=values,
+        start=float(values[0]),
+        end=float(values[-1]),
+        lowest=float(values.min()),
+        highest=float(values.max()),
+        mean=float(values.mean()),
+        integral=float(integral),
+        barrier=barrier.height,
+        t_highest=float(ts[int(values.argmax())]),
+    )
+
+
+def evaluate(
+    metrics_fn: Callable[..., dict[str, jax.Array]],
+    basis: Basis,
+    control_points: PyTree,
+    batches: Any,
+    ts: int | Sequence[float] | np.ndarray = 61,
+    *,
+    state_fn: Callable[[PyTree], PyTree] | None = None,
+    weight_fn: Callable[[PyTree], jax.Array] | None = None,
+    mesh: Mesh | NamedSharding | None = None,
+    progress: bool | None = None,
+) -> CurveEvaluation:
+    """Measure metrics at points along a curve, on fixed data in a fixed order.
+
+    Args:
+        metrics_fn: `(params, batch)` to a dict of scalars that are means over the batch; with
+            `state_fn`, `(params, state, batch)`.
+        basis: From t to `(n,)` coefficients.
+        control_points: Stacked points.
+        batches: One batch or a re-iterable.
+        ts: Positions, ascending from 0 to 1, or how many at equal distances in t (see
+            `arc_length_ts` for equal lengths).
+        state_fn: From the parameters at a position to the state there. A network with BatchNorm
+            needs it: `lambda params: statistics.refresh(apply_fn, params, state, batches)`.
+        weight_fn: Weight of a batch; by default its number of examples.
+        mesh: Split each batch over this mesh's first axis.
+        progress: True or False for a bar; by default one appears when it takes long.
+
+    Returns:
+        A `CurveEvaluation`. Cost: one pass over the data per position; memory: one more point.
+
+    Raises:
+        ValueError: If basis and control points do not fit, or `ts` does not ascend from 0 to 1.
+
+    Reference:
+        Garipov et al., 2018, section 4: minimum, maximum, mean over t, integral over length.
+    """
+    num = check_basis(basis, control_points)
+    if isinstance(ts, (int, np.integer)):
+        if ts < 2:
+            raise ValueError(f"ts is {ts}; expected at least 2 positions.")
+        ts = np.linspace(0, 1, int(ts))
+    ts = np.asarray(ts, np.float64)
+    if ts.ndim != 1 or len(ts) < 2 or ts[0] != 0 or ts[-1] != 1 or (np.diff(ts) <= 0).any():
+        raise ValueError("evaluate: ts must ascend from 0 to 1, both ends included.")
+    weights = coefficients(basis, jnp.asarray(ts, jnp.float32))
+    averaged = batches_.mean(metrics_fn, batches, weight_fn=weight_fn, mesh=mesh)
+    rows: list[Any] = []
+    with bars.bar(len(ts), "curve", show=progress) as update:
+        for i in range(len(ts)):
+            params = _at(control_points, weights[i])
+            extra = () if state_fn is None else (state_fn(params),)
+            rows.append(averaged(params, *extra))
+            if i:  # the host runs one point ahead
+                jax.block_until_ready(rows[i - 1])
+            update(i + 1)
+    rows = jax.device_get(rows)
+    steps = np.diff(np.asarray(weights, np.float64), axis=0)
+    gram = gram_of_differences(control_points)
+    squares = np.einsum("mi,ij,mj->m", steps[:, 1:], gram, steps[:, 1:])
+    lengths = np.concatenate([[0.0], np.cumsum(np.sqrt(np.maximum(squares, 0)))])
+    across = np.asarray(weights[-1] - weights[0], np.float64)[1:]
+    chord = float(np.sqrt(max(across @ gram @ across, 0.0))) if num > 1 else 0.0
+    return CurveEvaluation(
+        ts,
+        {
+            name: summarize(ts, lengths, np.array([row[name] for row in rows], np.float64))
+            for name in rows[0]
+        },
+        lengths,
+        float(lengths[-1]),
+        chord,
+    )
+
+
+@jax.jit
+def _at(control_points: PyTree, weights: jax.Array) -> PyTree:
+    return tree.combine(control_points, weights)
