@@ -22,12 +22,14 @@ from geojax.curves.bases import (
     segment,
     speed,
 )
+from geojax.curves.ensembling import Collected, Swag, collect, fge, snapshots, swa, swag
 from geojax.curves.evaluation import CurveEvaluation, MetricOnCurve, evaluate, summarize
 from geojax.curves.training import CurveFit, Sampler, fit, sample_ts
 
 __all__ = [
     "Basis",
     "Bezier",
+    "Collected",
     "CurveEvaluation",
     "CurveFit",
     "MetricOnCurve",
@@ -35,10 +37,13 @@ __all__ = [
     "Polychain",
     "Sampler",
     "Speed",
+    "Swag",
     "arc_length_ts",
     "bezier",
     "coefficients",
+    "collect",
     "evaluate",
+    "fge",
     "fit",
     "initialize",
     "length",
@@ -48,6 +53,9 @@ __all__ = [
     "polychain",
     "sample_ts",
     "segment",
+    "snapshots",
     "speed",
     "summarize",
+    "swa",
+    "swag",
 ]
