@@ -8,13 +8,16 @@ was claimed, what was measured, and whether it holds; the exit code is 1 where s
   python benchmarks/hessian.py            # everything
   python benchmarks/hessian.py --quick    # the same kinds of numbers, smaller
   python benchmarks/hessian.py --no-peers
+  python benchmarks/hessian.py --only density --only scaling   # parts whose name has one of these
 
 Real data are read below GEOJAX_DATA_DIR; without it, digits and the standard library's sources.
 """
 
 import argparse
+import contextlib
 import ctypes
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -163,7 +166,16 @@ def _figure(value):
     return str(value) if isinstance(value, (int, str)) else f"{value:.3g}"
 
 
+class Another(Exception):
+    """A part that was not asked for."""
+
+
+ONLY: list[str] = []
+
+
 def heading(text):
+    if ONLY and not any(part.lower() in text.lower() for part in ONLY):
+        raise Another
     print(f"\n[{time.monotonic() - START:.0f} s] {text}", flush=True)
 
 
@@ -737,6 +749,11 @@ def traces(table, name, matrix, peers, counts, trials, limit=None):
 # ------------------------------------------------- what needs a process of its own: memory, starts
 
 
+# glibc keeps freed blocks of up to 32 MiB; with this it gives them back, and what is resident is
+# what is in use.
+NOTHING_KEPT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+
+
 def child(what, env=None, **options):
     """The answer of a fresh process that does one thing."""
     done = subprocess.run(
@@ -748,6 +765,7 @@ def child(what, env=None, **options):
 
 def growth(fn):
     """By how much the resident set grew at most while `fn` ran, in bytes, and what it gave."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     before = resident("VmRSS:")
@@ -839,7 +857,109 @@ def scaling(table, sizes, steps=20):
     slope = np.polyfit(logs[:, 0], logs[:, 1], 1)[0]
     table.at_most("scaling: |slope of log time in log n - 1|", abs(slope - 1), 0.1)
     claim = f"scaling: peak in vectors, {steps} steps, n = {sizes[-1]}"
+    table.tell(f"{claim}, with what malloc keeps", got[-1]["vectors"])
+    got = child("scaling_child", NOTHING_KEPT, sizes=sizes[-1:], steps=steps)
     table.at_most(claim, got[-1]["vectors"], steps + 4)
+
+
+RESNET18 = {"conv1": (3, 3, 3, 64), "out": (512, 10)} | {
+    f"stage{i}.{j}.conv{c}": (3, 3, 64 * 2 ** max(0, i - ((i > 0) & (j + c == 0))), 64 * 2**i)
+    for i in range(4) for j in range(2) for c in range(2)
+} | {
+    f"stage{i}.short": (1, 1, 32 * 2**i, 64 * 2**i) for i in range(1, 4)
+}  # fmt: skip
+
+
+def resnet18_params():
+    """The shapes of a ResNet-18 for CIFAR, with a scale and a shift after each convolution."""
+    rng = np.random.default_rng(3)
+    params = {}
+    for name, shape in RESNET18.items():
+        params[f"{name}.weight"] = dense(rng, int(np.prod(shape[:-1])), shape[-1]).reshape(shape)
+        params[f"{name}.scale"] = np.ones(shape[-1], np.float32)
+        params[f"{name}.shift"] = np.zeros(shape[-1], np.float32)
+    return {name: jnp.asarray(p) for name, p in params.items()}
+
+
+def resnet18_loss(params, batch):
+    """The mean cross-entropy; each channel is normalised over the pixels of its picture."""
+
+    def conv(name, x, stride=1):
+        x = jax.lax.conv_general_dilated(
+            x, params[f"{name}.weight"], (stride, stride), "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        x = x - x.mean((1, 2), keepdims=True)
+        x = x * jax.lax.rsqrt((x**2).mean((1, 2), keepdims=True) + 1e-5)
+        return x * params[f"{name}.scale"] + params[f"{name}.shift"]
+
+    x = jax.nn.gelu(conv("conv1", batch["x"]))
+    for i in range(4):
+        for j in range(2):
+            stride = 2 if i and not j else 1
+            h = jax.nn.gelu(conv(f"stage{i}.{j}.conv0", x, stride))
+            h = conv(f"stage{i}.{j}.conv1", h)
+            x = jax.nn.gelu(h + (conv(f"stage{i}.short", x, 2) if stride == 2 else x))
+    z = x.mean((1, 2)) @ params["out.weight"] * params["out.scale"] + params["out.shift"]
+    return -jnp.take_along_axis(jax.nn.log_softmax(z), batch["labels"][:, None], 1).mean()
+
+
+def resnet_child(memory_bytes, k, true):
+    params = resnet18_params()
+    n = tree.size(params)
+    if true:
+        rng = np.random.default_rng(0)
+        data = {
+            "x": rng.normal(size=(4, 32, 32, 3)).astype(np.float32),
+            "labels": rng.integers(10, size=4).astype(np.int32),
+        }
+        operator = hessian.hessian(resnet18_loss, params, batches.split(data, 4))
+        rest = {"max_matvecs": 2 * k + 10}
+    else:
+        # Thirty outliers, each nine tenths of the one before, over a bulk.
+        spread = np.random.default_rng(1).uniform(-1, 1, n).astype(np.float32) ** 3
+        spread[:: n // 30][:30] = 20 * 0.9 ** np.arange(len(spread[:: n // 30][:30]))
+        ends = np.cumsum([p.size for p in jax.tree.leaves(params)])[:-1]
+        parts = zip(np.split(spread, ends), jax.tree.leaves(params), strict=True)
+        leaves = [jnp.asarray(part.reshape(p.shape)) for part, p in parts]
+        diagonal = jax.tree.unflatten(jax.tree.structure(params), leaves)
+        times = jax.jit(functools.partial(jax.tree.map, jnp.multiply))
+        operator = krylov.Operator(functools.partial(times, diagonal), diagonal)
+        rest = {}
+    start = operator.random(jax.random.key(1))
+    jax.block_until_ready(operator.matvec(start))
+    product, _ = growth(functools.partial(operator.matvec, start))
+    del start
+
+    def solve(**options):
+        found = krylov.eigsh(
+            operator, k, key=jax.random.key(0), memory_bytes=memory_bytes, progress=False, **options
+        )
+        return found.eigenvectors, found
+
+    solve(max_matvecs=k, confirm=0, verify=False)  # compiles
+    used, (_, found) = growth(functools.partial(solve, **rest))
+    return {
+        "n": n, "used": used, "product": product, "products": found.num_matvecs,
+        "converged": int(found.converged.sum()),
+    }  # fmt: skip
+
+
+def resnet(table, memory_bytes, k):
+    """The top pairs of what has the shapes of a ResNet-18, by restarts within some memory."""
+    name = f"ResNet-18: top {k} within {memory_bytes / 1e9:g} GB"
+    heading(name)
+    if not can_measure_memory():
+        return
+    for what, true in (("a diagonal in its shapes", False), ("its Hessian on 4 pictures", True)):
+        got = child("resnet_child", NOTHING_KEPT, memory_bytes=memory_bytes, k=k, true=true)
+        print(f"  {what}: n = {got['n']}, {got['products']} products, {got['converged']} "
+              f"converged; a product alone takes {got['product'] / 1e9:.2f} GB")  # fmt: skip
+        table.at_most(
+            f"{name}: {what}: peak in GB, less a product's",
+            (got["used"] - got["product"]) / 1e9,
+            memory_bytes / 1e9,
+        )
 
 
 def start_child(folder, name):
@@ -896,33 +1016,40 @@ def measure(table, folder, peers, rounds, quick):
     cnn = Problem("CNN-291k", "cnn", cnn_params(), pictures[:8], labels[:8], 8)
     for problem in (wide, lm, few, cnn):
         problem.save(folder)
-    one_batch_products(table, wide, peers, rounds, cost=2.3, faster=1.15, count=2.1, count_of_4=1.7)
-    one_batch_products(table, lm, peers, rounds, cost=3.0, faster=1.15, count=2.7, count_of_4=2.2)
+
+    def part(measure, *args, **options):
+        with contextlib.suppress(Another):
+            measure(table, *args, **options)
+
+    part(one_batch_products, wide, peers, rounds, cost=2.3, faster=1.15, count=2.1, count_of_4=1.7)
+    part(one_batch_products, lm, peers, rounds, cost=3.0, faster=1.15, count=2.7, count_of_4=2.2)
     if not quick:
-        one_batch_products(
-            table, cnn, peers, rounds, cost=2.5, faster=1.6, count=2.7, count_of_4=2.2
-        )
-    full_data_product(table, few, peers, rounds)
-    gauss_newton(table, lm, peers, rounds)
-    cross_entropy(table, peers, 64 if quick else 512)
+        part(
+            one_batch_products, cnn, peers, rounds,
+            cost=2.5, faster=1.6, count=2.7, count_of_4=2.2,
+        )  # fmt: skip
+    part(full_data_product, few, peers, rounds)
+    part(gauss_newton, lm, peers, rounds)
+    part(cross_entropy, peers, 64 if quick else 512)
     for k in (5,) if quick else (5, 20):
-        eigenpairs(table, few, peers, k, 2 if quick else max(3, rounds // 2))
+        part(eigenpairs, few, peers, k, 2 if quick else max(3, rounds // 2))
     if quick:
-        orthogonalization(table, peers, 100_000, 30)
-        density_time(table, few, peers, 2, 20)
-        memory(table, 50, [784, 512, 512, 10], 5)
+        part(orthogonalization, peers, 100_000, 30)
+        part(density_time, few, peers, 2, 20)
+        part(memory, 50, [784, 512, 512, 10], 5)
     else:
-        orthogonalization(table, peers, 400_000, 60)
-        density_time(table, few, peers, 10, 80)
-        memory(table, 67, [784, 1024, 1024, 10], 20)
-        scaling(table, [100_000, 400_000, 1_600_000, 6_400_000])
-        starts(table, few, folder, 8)
-        starts(table, cnn, folder, 25)
+        part(orthogonalization, peers, 400_000, 60)
+        part(density_time, few, peers, 10, 80)
+        part(memory, 67, [784, 1024, 1024, 10], 20)
+        part(scaling, [100_000, 400_000, 1_600_000, 6_400_000])
+        part(resnet, 2e9, 20)
+        part(starts, few, folder, 8)
+        part(starts, cnn, folder, 25)
     matrix, values = small_matrix(small, folder)
-    density_error(table, matrix, values, peers, 2 if quick else 5)
+    part(density_error, matrix, values, peers, 2 if quick else 5)
     counts, trials = ((24, 40, 60), 20) if quick else ((24, 40, 60, 99), 50)
-    traces(table, "matrix", matrix, peers, counts, trials)
-    traces(table, "decaying", decaying_matrix(folder), peers, counts, trials, limit=40)
+    part(traces, "matrix", matrix, peers, counts, trials)
+    part(traces, "decaying", decaying_matrix(folder), peers, counts, trials, limit=40)
 
 
 def main():
@@ -931,6 +1058,8 @@ def main():
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True,
                         help="measure the other libraries beside ours")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default: 7)")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME",
+                        help="the parts whose heading has this in it")  # fmt: skip
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -940,6 +1069,7 @@ def main():
     print(
         f"jax {jax.__version__}, Python {sys.version.split()[0]}, {machine()}; one core, one thread"
     )
+    ONLY.extend(options.only)
     table, peers = Table(), None
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -953,6 +1083,7 @@ def main():
         measure(table, folder, peers, rounds, options.quick)
         if peers:
             peers.close()
+    ONLY.clear()
     heading(f"all of it, on {machine()}")
     raise SystemExit(0 if table.show() else 1)
 

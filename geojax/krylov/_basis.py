@@ -1,7 +1,8 @@
 """The stored Krylov basis: orthonormal rows in chunks, extended and rotated in place.
 
-A basis is a tuple of stacked pytrees of at most 16 rows each. The kernels work on whole chunks and
-leave out those that hold no row yet, so one compiled program serves every length.
+A basis is a tuple of stacked pytrees of at most 16 rows each; a small one is of one piece. The
+kernels work on whole chunks and leave out those that hold no row yet, so one compiled program
+serves every length.
 """
 
 import functools
@@ -17,12 +18,18 @@ from geojax import tree
 
 PyTree = Any
 CHUNK = 16
+# A basis of so many bytes is rounded up to a multiple of so many rows, in one chunk: programs that
+# compile fast, and that bases of other sizes share.
+_SMALL, _ROUND = 1 << 20, 32
 # Entries of a leaf that are rotated at a time, so that no second basis is made.
 _COLUMNS = 1 << 13
 
 
 def allocate(vector: PyTree, num_rows: int) -> tuple[PyTree, ...]:
-    """Zero rows like a vector, which keep its sharding on every kind of mesh."""
+    """Zero rows like a vector, as many or more, which keep its sharding on every kind of mesh."""
+    rounded = -(-num_rows // _ROUND) * _ROUND
+    if rounded * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(vector)) <= _SMALL:
+        return (_zeros(vector, rounded),)
     sizes = [CHUNK] * (num_rows // CHUNK)
     sizes += [num_rows % CHUNK] if num_rows % CHUNK else []
     return tuple(_zeros(vector, size) for size in sizes)
@@ -39,6 +46,22 @@ def num_rows(rows: tuple[PyTree, ...]) -> int:
     return sum(tree.num_points(chunk) for chunk in rows)
 
 
+class Taken(NamedTuple):
+    """A vector on its way into the basis.
+
+    Attributes:
+        w: The vector over `unit`, less its parts along the nearest rows if these were given.
+        near: `(2,)`, the coefficients of those parts, of the last row and of the one before.
+        unit: A power of two.
+        length: The norm of the vector over `unit`, as it came.
+    """
+
+    w: PyTree
+    near: jax.Array
+    unit: jax.Array
+    length: jax.Array
+
+
 class Appended(NamedTuple):
     """A basis with one row more.
 
@@ -47,12 +70,46 @@ class Appended(NamedTuple):
         column: `(num_rows,)`, the coefficients that were taken out of the vector.
         beta: The norm of what was left, 0 after a breakdown.
         scale: The largest norm of a vector so far: a lower bound on the operator's norm.
+        row: The new row, in the memory of the vector that was given.
     """
 
     rows: tuple[PyTree, ...]
     column: jax.Array
     beta: jax.Array
     scale: jax.Array
+    row: PyTree
+
+
+def _length(w: PyTree) -> jax.Array:
+    # Without the guards of `tree.norm`, which cost two more reads: the entries are of order one.
+    return jnp.sqrt(tree.vdot(w, w))
+
+
+@jax.jit
+def take(w: PyTree) -> Taken:
+    """A vector in the dtype of the sums, over a power of two near its largest entry.
+
+    The scaling is exact, and keeps the squares of a tiny vector from vanishing.
+    """
+    dtype = tree.accumulation_dtype(*jax.tree.leaves(w))
+    w = jax.tree.map(lambda x: x.astype(dtype), w)
+    largest = functools.reduce(
+        jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(w)]
+    )
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones((), dtype))
+    unit = jnp.ldexp(jnp.ones((), dtype), jnp.frexp(unit)[1])
+    w = jax.tree.map(lambda x: x / unit, w)
+    return Taken(w, jnp.zeros(2, dtype), unit, _length(w))
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def take_near(w: PyTree, last: PyTree, before: PyTree) -> Taken:
+    """The same, less its parts along two rows; the memory of the first of them is reused."""
+    taken = take(w)
+    # Both at once, which needs no memory besides.
+    a, b = (tree.vdot(q, taken.w) for q in (last, before))
+    w = jax.tree.map(lambda x, p, q: x - a * p - b * q, taken.w, last, before)
+    return taken._replace(w=w, near=jnp.stack([a, b]))
 
 
 def _coefficients(rows, w, count, skip):
@@ -75,12 +132,14 @@ def _coefficients(rows, w, count, skip):
 def _remove(rows, coefficients, w, count, skip):
     start = 0
     for chunk, c in zip(rows, coefficients, strict=True):
-
-        def subtract(chunk, c, w):
+        # A loop of one turn or none works in place, where a branch would copy. What did not depend
+        # on the turn, XLA would take out of the loop and do in any case.
+        def subtract(i, w, chunk=chunk, c=c):
+            c = c * (1 - i).astype(c.dtype)
             return jax.tree.map(jnp.subtract, w, tree.combine(chunk, c))
 
-        w = lax.cond(start < count, subtract, lambda _, c, w: w, chunk, c, w) if skip else (
-            subtract(chunk, c, w)
+        w = lax.fori_loop(0, (start < count).astype(jnp.int32), subtract, w) if skip else (
+            subtract(jnp.zeros((), jnp.int32), w)
         )  # fmt: skip
         start += tree.num_points(chunk)
     return w
@@ -114,8 +173,8 @@ def seed_of(key: jax.Array) -> int:
     return zlib.crc32(np.asarray(jax.random.key_data(key)).tobytes())
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="skip")
-def append(rows, w, count, seed, scale, *, skip: bool) -> Appended:
+@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames="skip")
+def append(rows, w, near, unit, length, count, local, seed, scale, *, skip: bool) -> Appended:
     """Orthogonalise a vector against the first `count` rows and write it as the next one.
 
     Where nothing but rounding is left of it, a random row orthogonal to the others is written in
@@ -123,47 +182,48 @@ def append(rows, w, count, seed, scale, *, skip: bool) -> Appended:
 
     Args:
         rows: The basis; donated.
-        w: The vector.
+        w: The vector as `take` or `take_near` has it; donated.
+        near: What they took out of it.
+        unit: What they divided it by.
+        length: Its norm before.
         count: How many rows are filled. At the end of the basis nothing is written.
+        local: The row that `near` speaks of first (the row before it comes second) where all other
+            parts of the vector are rounding; else -1.
         seed: uint32, for the random row.
         scale: The largest norm so far.
         skip: Leave chunks without rows out by a branch (good on the CPU).
     """
     dtype = tree.accumulation_dtype(*jax.tree.leaves(rows[0]))
-    w = jax.tree.map(lambda x: x.astype(dtype), w)
-    largest = functools.reduce(
-        jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves(w)]
-    )
-    # Scaling by a power of two is exact, and keeps the squares of a tiny vector from vanishing.
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, jnp.ones((), dtype))
-    unit = jnp.ldexp(jnp.ones((), dtype), jnp.frexp(unit)[1])
-    w = jax.tree.map(lambda x: x / unit, w)
-    scale = jnp.maximum(scale, tree.norm(w) * unit)
+    scale = jnp.maximum(scale, length * unit)
     threshold = 64 * float(jnp.finfo(dtype).eps) * scale / unit
+    place = np.arange(num_rows(rows), dtype=np.int32)
+    column = jnp.where(place == local, near[0], jnp.where(place == local - 1, near[1], 0))
+    column = jnp.where(local >= 0, column, jnp.zeros_like(column))
 
-    def fresh(w):
-        return _scattered(seed, w)
+    def fresh(i, w):
+        return _scattered(seed ^ i.astype(jnp.uint32), w)
 
-    # One pass is compiled and run twice: the second takes out what rounding left of the first. Only
-    # after a breakdown it runs twice more, on a random vector.
+    # A pass against all rows takes out what the one before it left: the first another such pass,
+    # or the two parts that are not rounding. A third follows where the second took so much that
+    # its own rounding counts (Daniel et al. 1976). After a breakdown all begins again.
     def one_pass(carry):
-        i, w, column, beta, _ = carry
+        i, w, column, beta, length, broke = carry
         found = _coefficients(rows, w, count, skip)
         w = _remove(rows, found, w, count, skip)
-        length = tree.norm(w)
-        column = jnp.where(i < 2, column + jnp.concatenate(found), column)
-        beta = jnp.where(i == 1, length, beta)
-        w = lax.cond((i == 1) & (length <= threshold), fresh, lambda w: w, w)
-        return i + 1, w, column, beta, length
+        before, length = length, _length(w)
+        column = jnp.where(broke, column, column + jnp.concatenate(found))
+        beta = jnp.where(broke, beta, length)
+        again = (i < 1) | ((i < 2) & (length < before / 2))
+        breaks = ~again & ~broke & (length <= threshold)
+        w = lax.fori_loop(0, breaks.astype(jnp.int32), fresh, w)
+        i = jnp.where(breaks, 0, jnp.where(again, i + 1, 3))
+        return i, w, column, beta, length, broke | breaks
 
-    def unfinished(carry):
-        i, _, _, beta, _ = carry
-        return (i < 2) | ((i < 4) & (beta <= threshold))
-
-    zero = jnp.zeros((), dtype)
-    carry = (jnp.zeros((), jnp.int32), w, jnp.zeros(num_rows(rows), dtype), zero, zero)
-    _, direction, column, beta, length = lax.while_loop(unfinished, one_pass, carry)
-    broke = beta <= threshold
+    begin = jnp.where(local >= 0, 1, 0).astype(jnp.int32)
+    carry = (begin, w, column, jnp.zeros((), dtype), _length(w), jnp.zeros((), bool))
+    _, direction, column, beta, length, broke = lax.while_loop(
+        lambda carry: carry[0] < 3, one_pass, carry
+    )
     length = jnp.where(length > 0, length, jnp.ones_like(length))
     row = jax.tree.map(lambda x: x / length, direction)
     out, start = [], 0
@@ -178,9 +238,8 @@ def append(rows, w, count, seed, scale, *, skip: bool) -> Appended:
 
         out.append(jax.tree.map(write, chunk, row))
         start += size
-    return Appended(
-        tuple(out), column * unit, jnp.where(broke, jnp.zeros_like(beta), beta * unit), scale
-    )
+    beta = jnp.where(broke, jnp.zeros_like(beta), beta * unit)
+    return Appended(tuple(out), column * unit, beta, scale, row)
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="whole")
@@ -236,28 +295,36 @@ def rotate(rows, matrix, *, whole: bool):
     return tuple(jax.tree.unflatten(treedef, parts) for parts in zip(*rotated, strict=True))
 
 
-@jax.jit
-def _gather_leaf(parts, weights):
-    ends = np.cumsum([x.shape[0] for x in parts])[:-1].tolist()
-    terms = [
-        tree.combine(part, columns)
-        for part, columns in zip(parts, jnp.split(weights, ends, axis=1), strict=True)
-    ]
-    return functools.reduce(jnp.add, terms)
+def turn(rows: tuple[PyTree, ...], matrix: np.ndarray) -> tuple[PyTree, ...]:
+    """The basis whose first rows are `matrix @ rows`, for a matrix of fewer rows and columns."""
+    size = num_rows(rows)
+    padded = np.zeros((size, size), jax.tree.leaves(rows[0])[0].dtype)
+    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return rotate(rows, jnp.asarray(padded), whole=spread(rows[0]))
 
 
-def gather(rows: tuple[PyTree, ...], weights: jax.Array) -> PyTree:
+@functools.partial(jax.jit, static_argnums=1)
+def _joined(parts, k):
+    return jnp.concatenate(parts)[:k]
+
+
+def gather(rows: tuple[PyTree, ...], weights: np.ndarray) -> PyTree:
     """The k combinations of the rows with weights `(k, num_rows)`: a stacked pytree.
 
-    The rows are consumed: each leaf of the basis is freed once its part of the result is made, so
-    that basis and result are never held both.
+    The rows are consumed: the basis is rotated in place, the chunks beyond k are freed, and then
+    each leaf of the others once it is copied, so that basis and result are never held both.
     """
+    k = len(weights)
+    rows = turn(rows, weights)
+    ends = np.cumsum([tree.num_points(chunk) for chunk in rows])
+    used = int(np.searchsorted(ends, k)) + 1
+    for leaf in jax.tree.leaves(rows[used:]):
+        leaf.delete()
+    rows = rows[:used]
     treedef = jax.tree.structure(rows[0])
-    leaves = [list(jax.tree.leaves(chunk)) for chunk in rows]
     out = []
-    for i in range(treedef.num_leaves):
-        parts = [chunk[i] for chunk in leaves]
-        out.append(jax.block_until_ready(_gather_leaf(parts, weights)))
+    for parts in zip(*(jax.tree.leaves(chunk) for chunk in rows), strict=True):
+        out.append(jax.block_until_ready(_joined(parts, k)))
         for part in parts:
             part.delete()
     return jax.tree.unflatten(treedef, out)
@@ -270,7 +337,9 @@ _index = jax.jit(
 
 def row(rows: tuple[PyTree, ...], index: int) -> PyTree:
     """One row of a basis."""
-    return _index(rows[index // CHUNK], index % CHUNK)
+    # All chunks but the last are of one size.
+    size = tree.num_points(rows[0])
+    return _index(rows[index // size], index % size)
 
 
 def spread(vector: PyTree) -> bool:

@@ -31,7 +31,7 @@ from geojax.krylov.results import (
     Which,
     angle_bounds,
     check_which,
-    fix_signs,
+    fix_signs_in_place,
     wanted,
 )
 
@@ -39,7 +39,15 @@ __all__ = ["eigsh"]
 
 PyTree = Any
 _off_by = jax.jit(lambda product, value, x: tree.norm(tree.axpy(-value, x, product)))
-_mixture = jax.jit(lambda vectors, weights: tree.combine(vectors, weights))
+
+
+@jax.jit
+def _mixture(vectors: PyTree, noise: PyTree) -> PyTree:
+    """Equal parts of unit vectors and a tenth of a random one, of length one each."""
+    n = tree.num_points(vectors)
+    mixed = tree.combine(vectors, np.full(n, n**-0.5, np.float32))
+    noise = jax.tree.map(lambda a, b: a.astype(b.dtype), noise, mixed)
+    return tree.axpy(0.1 / tree.norm(noise), noise, tree.scale(1 / tree.norm(mixed), mixed))
 
 
 class _Verdict(NamedTuple):
@@ -102,12 +110,16 @@ def _check(operator, k, which, tol, basis_size, memory_bytes, block_size, confir
     if memory_bytes is not None:
         if basis_size is not None:
             raise ValueError("eigsh: give either basis_size or memory_bytes, not both.")
-        # Besides the basis: the result while its largest leaf is gathered, the pending rows twice,
-        # and the temporaries of a step.
+        # Besides the basis: the pending rows, twice more and their products, the temporaries of a
+        # step, and what malloc keeps of both. At the end, `gather` holds the first chunks and k
+        # times a leaf.
+        total, others = int(memory_bytes // bytes_each), 3 * block_size + 8
         largest = max(int(np.prod(jnp.shape(x))) for x in jax.tree.leaves(operator.like))
-        others = max(2 * block_size + 5, math.ceil(k * largest / n))
-        least = min(n, k + 2) + block_size + 1 + others
-        basis_size = int(memory_bytes // bytes_each) - block_size - 1 - others
+        leaf = math.ceil(k * largest / n)
+        result = math.ceil(k / _basis.CHUNK) * _basis.CHUNK + leaf
+        least = min(n, k + 2) + block_size
+        basis_size = total - block_size - (others if result <= total else max(others, leaf))
+        least = max(least + others, min(result, least + leaf))
         if basis_size < min(n, k + 2):
             raise ValueError(
                 f"eigsh: memory_bytes={memory_bytes:.3g} is too little for {k} eigenpairs of "
@@ -120,7 +132,7 @@ def _check(operator, k, which, tol, basis_size, memory_bytes, block_size, confir
             f"eigsh: basis_size is {basis_size!r}; expected at least k + 2 = {k + 2} vectors."
         )
     # A basis that all but fills the space may as well fill it: the result is then exact.
-    return n if basis_size + block_size + 1 >= n else int(basis_size)
+    return n if basis_size + block_size >= n else int(basis_size)
 
 
 def eigsh(
@@ -145,12 +157,13 @@ def eigsh(
 ) -> Eigenpairs:
     r"""The k eigenpairs at an end of the spectrum, each with a bound on its error.
 
-    Lanczos with two passes of classical Gram-Schmidt against the whole basis, all coefficients of
-    each product kept, and thick restart (Wu and Simon 2000): when the basis is full it is rotated,
-    in place, to its best Ritz vectors. A breakdown (relative to the norm of A) continues with a
-    random vector, so invariant subspaces and zero eigenvalues are found. Once all pairs have
-    converged, `confirm` products from a fresh random vector look for a copy that one starting
-    vector cannot see (a multiple eigenvalue), and the search goes on if they find one.
+    Lanczos with full orthogonalization (the parts along the last two rows first, then a pass of
+    classical Gram-Schmidt against all rows, and another where that took more than half), all
+    coefficients of each product kept, and thick restart (Wu and Simon 2000): when the basis is full
+    it is rotated, in place, to its best Ritz vectors. A breakdown (relative to the norm of A)
+    continues with a random vector, so invariant subspaces and zero eigenvalues are found. Once all
+    pairs have converged, `confirm` products from a fresh random vector look for a copy that one
+    starting vector cannot see (a multiple eigenvalue), and the search goes on if they find one.
 
     It differs from ARPACK in that nothing is locked or purged by shifts, that residuals are
     measured at the end rather than trusted, and that a tolerance below what the arithmetic allows
@@ -170,7 +183,7 @@ def eigsh(
         block_size: Products taken in one pass over the data. With b starting vectors, eigenvalues
             of multiplicity up to b are found in one sweep.
         initial: A vector to start from, or k' stacked ones such as the eigenvectors of an earlier
-            checkpoint, whose mixture is started from.
+            checkpoint, whose mixture with a tenth of a random one is started from.
         max_matvecs: The budget of products, verification apart; by default 30 times `basis_size`.
         max_seconds: The budget of wall time, kept within one product.
         confirm: Products spent on looking for missed copies, as far as `basis_size` has room
@@ -186,8 +199,8 @@ def eigsh(
 
     Returns:
         `Eigenpairs`, k of them unless the budget ended before k products. Memory: `basis_size` +
-        3 `block_size` + 6 vectors, or where that is more, `basis_size` + `block_size` + 1 and k
-        times the largest leaf; besides what a product needs.
+        4 `block_size` + 8 vectors, or where that is more, k vectors rounded up to a multiple of 16
+        and k times the largest leaf; besides what a product needs.
 
     Raises:
         ValueError: For a stochastic or asymmetric operator, or arguments out of range.
@@ -202,7 +215,7 @@ def eigsh(
 
     Reference:
         Wu and Simon, Thick-restart Lanczos method for large symmetric eigenvalue problems, 2000;
-        Giraud et al., 2005 (two passes are enough); Parlett, The symmetric eigenvalue problem,
+        Daniel et al., 1976 (when to take another pass); Parlett, The symmetric eigenvalue problem,
         1998, theorem 4.5.1 (the intervals) and section 11.7 (the angles).
     """
     budgets = {"max_matvecs": max_matvecs, "max_seconds": max_seconds, "check_every": check_every}
@@ -213,12 +226,12 @@ def eigsh(
     confirm = max(0, min(confirm, basis_size - k - 1))
     max_matvecs = 30 * basis_size if max_matvecs is None else max_matvecs
     if initial is not None:
-        initial = _start(operator, initial)
+        initial = _start(operator, initial, jax.random.fold_in(key, 0))
     epsilon = float(jnp.finfo(operator.dtype).eps)
     key_start, key_run, key_confirm = jax.random.split(key, 3)
     seed = _basis.seed_of(key_run)
-    # Room for the rows whose products are pending, and for a fresh one in a confirmation.
-    room = basis_size + block_size + 1
+    # Room for the rows whose products are pending.
+    room = basis_size + block_size
     state = init(operator, key=key_start, num_rows=room, initial=initial, block_size=block_size)
     run = _Run(operator, key, checkpoint, k, which, basis_size, block_size, confirm, initial)
     state = run.resume(state)
@@ -289,8 +302,7 @@ def _kept(k: int, verdict: _Verdict, basis_size: int, available: int) -> int:
 def _finish(operator, state, found, verdict, run, stop, tol, epsilon, verify) -> Eigenpairs:
     order = verdict.order
     values = found.values[order]
-    weights = jnp.asarray(found.weights[:, order].T, operator.dtype)
-    vectors = fix_signs(_basis.gather(state.rows, weights))
+    vectors = fix_signs_in_place(_basis.gather(state.rows, found.weights[:, order].T))
     residuals, num_matvecs = verdict.residuals, state.num_matvecs
     converged, stuck = verdict.converged, verdict.stuck
     del state
@@ -339,16 +351,18 @@ def _finish(operator, state, found, verdict, run, stop, tol, epsilon, verify) ->
     )
 
 
-def _start(operator: Operator, initial: PyTree) -> PyTree:
-    """One vector to start from, out of one or several."""
+def _start(operator: Operator, initial: PyTree, key: jax.Array) -> PyTree:
+    """One vector to start from, out of one or several.
+
+    Several have a random one mixed in: what they do not couple to would never be found.
+    """
     lead = {
         jnp.ndim(x) - jnp.ndim(y)
         for x, y in zip(jax.tree.leaves(initial), jax.tree.leaves(operator.like), strict=False)
     }
     if lead == {1}:
-        n = tree.num_points(initial)
         operator._check(_basis._index(initial, 0), "initial")
-        initial = _mixture(initial, np.full(n, n**-0.5, np.dtype(operator.dtype)))
+        initial = _mixture(initial, operator.random(key))
     operator._check(initial, "initial")
     length = float(tree.norm(initial))
     if not (np.isfinite(length) and length > 0):
@@ -418,6 +432,7 @@ class _Run:
             "mirrored": state.mirrored,
             "num_restarts": state.num_restarts,
             "noise": state.noise,
+            "first": state.first,
             "confirm_end": self.confirm_end,
             "confirm_values": self.confirm_values,
             "seconds": seconds,
@@ -452,6 +467,7 @@ class _Run:
             num_restarts=facts["num_restarts"],
             scale=arrays["scale"],
             noise=facts["noise"],
+            first=facts["first"],
         )
 
 

@@ -37,6 +37,8 @@ class LanczosState(NamedTuple):
         num_restarts: Restarts so far.
         scale: The largest norm of a product: a lower bound on the operator's norm.
         noise: The largest asymmetry of `projected`: the error of the products, as they show it.
+        first: The row after which each was led to by a product of the one before, so that its own
+            product has no part along earlier rows but for rounding.
     """
 
     rows: tuple[PyTree, ...]
@@ -50,6 +52,7 @@ class LanczosState(NamedTuple):
     num_restarts: int
     scale: jax.Array
     noise: float
+    first: int
 
 
 class Ritz(NamedTuple):
@@ -68,17 +71,19 @@ class Ritz(NamedTuple):
     norm: float
 
 
-def _skip() -> bool:
-    # A branch costs an accelerator more than a few rows of zeros.
+def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _append(state: LanczosState, w: PyTree, seed: int):
+def _append(state: LanczosState, taken: _basis.Taken, seed: int, local: int = -1):
+    # A branch costs an accelerator more than a few rows of zeros.
+    skip = len(state.rows) > 1 and _on_cpu()
     # Every row has a seed of its own, in a resumed run the same.
     seed = (seed + 0x9E3779B1 * (31 * state.num_matvecs + state.count)) % 2**32
     out = _basis.append(
-        state.rows, w, np.int32(state.count), np.uint32(seed), state.scale, skip=_skip()
-    )
+        state.rows, *taken, np.int32(state.count), np.int32(local), np.uint32(seed), state.scale,
+        skip=skip,
+    )  # fmt: skip
     return state._replace(rows=out.rows, scale=out.scale), out
 
 
@@ -95,7 +100,7 @@ def init(
     Args:
         operator: A symmetric operator.
         key: For the random rows.
-        num_rows: Rows to make room for: those whose products are taken, `block_size` and one more.
+        num_rows: Rows to make room for: those whose products are taken, and `block_size` more.
         initial: A vector to start from.
         block_size: How many rows to start from.
     """
@@ -115,15 +120,19 @@ def init(
         0,
         jnp.zeros((), dtype),
         0.0,
+        0,
     )
     seed = _basis.seed_of(key)
-    state = _inject(state, first, seed)
+    taken = _basis.take(first)
+    del first
+    state = _inject(state, taken, seed)
     for i in range(1, min(block_size, operator.size)):
-        state = _inject(state, operator.random(jax.random.fold_in(key, i)), seed)
+        taken = _basis.take(operator.random(jax.random.fold_in(key, i)))
+        state = _inject(state, taken, seed)
     return state._replace(scale=jnp.zeros((), dtype))
 
 
-def _inject(state: LanczosState, vector: PyTree, seed: int) -> LanczosState:
+def _inject(state: LanczosState, vector: _basis.Taken, seed: int) -> LanczosState:
     """One row more, which no product led to."""
     state, _ = _append(state, vector, seed)
     return state._replace(count=state.count + 1, front=(*state.front, state.count))
@@ -144,16 +153,29 @@ def step(operator: Operator, state: LanczosState, *, seed: int, block_size: int 
     """
     b = min(block_size, len(state.front))
     taken, rest = state.front[:b], state.front[b:]
+    # In a chain of single rows the product has parts along two of them, all else is rounding.
+    local = taken[0] if taken[0] > state.first and len(state.front) == 1 else -1
     vectors = [_basis.row(state.rows, i) for i in taken]
     if b == 1:
         products = [operator.matvec(vectors[0])]
     else:
         products = tree.unstack(operator.matmat(_stack(vectors)))
+    del vectors
+    if _on_cpu():
+        # Where the host runs ahead of the CPU, it allocates ahead too.
+        jax.block_until_ready(products)
     state = state._replace(front=rest, num_matvecs=state.num_matvecs + b)
     columns = []
     limit = len(state.projected)
-    for index, product in zip(taken, products, strict=True):
-        state, out = _append(state, product, seed)
+    for index in taken:
+        if local < 0:
+            vector = _basis.take(products.pop(0))
+        else:
+            last, before = (_basis.row(state.rows, i) for i in (index, index - 1))
+            vector = _basis.take_near(products.pop(0), last, before)
+            del last, before
+        state, out = _append(state, vector, seed, local)
+        del vector
         new = state.count if state.count < limit else None
         columns.append((index, out.column, new, out.beta))
         state.known[index] = True
@@ -164,6 +186,7 @@ def step(operator: Operator, state: LanczosState, *, seed: int, block_size: int 
 
 def settle(state: LanczosState, columns: list, what: str) -> LanczosState:
     """Fetch finished columns and write them into `projected`."""
+    size = len(state.projected)
     fetched = jax.device_get([(column, beta) for _, column, _, beta in columns])
     for (index, _, new, _), (column, beta) in zip(columns, fetched, strict=True):
         if not (np.isfinite(column).all() and np.isfinite(beta)):
@@ -172,6 +195,7 @@ def settle(state: LanczosState, columns: list, what: str) -> LanczosState:
                 f"{state.num_matvecs}). Check that the loss and its second derivative are finite "
                 "at these parameters (log or sqrt at 0, overflow in half precision)."
             )
+        column = column[:size]
         state.projected[:, index] = column
         state.projected[index, : state.mirrored] = column[: state.mirrored]
         if new is not None:
@@ -210,7 +234,7 @@ def restart(state: LanczosState, found: Ritz, keep: np.ndarray) -> LanczosState:
     """
     unknown = np.flatnonzero(~state.known[: state.count])
     p, size = len(keep), len(state.projected)
-    matrix = np.zeros((size, size))
+    matrix = np.zeros((p + len(unknown), size))
     matrix[:p] = found.weights[:, keep].T
     matrix[p + np.arange(len(unknown)), unknown] = 1
     projected = np.zeros_like(state.projected)
@@ -222,13 +246,8 @@ def restart(state: LanczosState, found: Ritz, keep: np.ndarray) -> LanczosState:
     known[:p] = True
     dropped[:p] = np.abs(found.weights[:, keep]).T @ state.dropped
     moved = {int(old): p + i for i, old in enumerate(unknown)}
-    rows = _basis.rotate(
-        state.rows,
-        jnp.asarray(matrix, state.scale.dtype),
-        whole=_basis.spread(state.rows[0]),
-    )
     return state._replace(
-        rows=rows,
+        rows=_basis.turn(state.rows, matrix),
         projected=projected,
         known=known,
         count=p + len(unknown),
@@ -236,6 +255,7 @@ def restart(state: LanczosState, found: Ritz, keep: np.ndarray) -> LanczosState:
         dropped=dropped,
         mirrored=p if state.mirrored else 0,
         num_restarts=state.num_restarts + 1,
+        first=p + len(unknown) - 1,
     )
 
 
@@ -259,5 +279,5 @@ def start_anew(
     p = len(keep)
     state.projected[p:] = 0
     state.dropped[:p] = found.residuals[keep]
-    state = state._replace(count=p, front=(), mirrored=p)
-    return _inject(state, operator.random(key), _basis.seed_of(key))
+    state = state._replace(count=p, front=(), mirrored=p, first=p)
+    return _inject(state, _basis.take(operator.random(key)), _basis.seed_of(key))

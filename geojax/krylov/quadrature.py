@@ -23,6 +23,7 @@ from geojax.krylov.recurrence import (
     Tridiagonal,
     init,
     quadratic_form,
+    sparing_step,
     step,
     tridiagonalize,
 )
@@ -64,7 +65,8 @@ def _swapped(state: LanczosState) -> tuple:
 
 @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
 def _step_one(previous, current, basis, rest, product):
-    return _swapped(step(rest._replace(previous=previous, current=current, basis=basis), product))
+    state = rest._replace(previous=previous, current=current, basis=basis)
+    return _swapped(sparing_step(state, product))
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1, 2))

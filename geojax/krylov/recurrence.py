@@ -37,7 +37,7 @@ class LanczosState(NamedTuple):
     Attributes:
         previous: The vector before `current`.
         current: The vector that the next product is taken of; zero after a breakdown.
-        basis: All vectors, leaves `(m, *leaf.shape)`, rows from `index` on zero; or None.
+        basis: All vectors, leaves `(m, *leaf.shape)`, rows after `index` zero; or None.
         alphas: `(m,)`, the diagonal so far.
         betas: `(m,)`, the couplings so far: entry j is between vectors j and j + 1, the last one
             the norm of what the final step left over.
@@ -108,6 +108,7 @@ def init(v0: PyTree, num_steps: int, *, reorthogonalize: bool = True) -> Lanczos
         basis = jax.tree.map(
             lambda x: jnp.broadcast_to(x[None] * 0, (num_steps, *x.shape)), current
         )
+        basis = jax.tree.map(lambda rows, q: rows.at[0].set(q), basis, current)
     zero = jnp.zeros((), dtype)
     return LanczosState(
         previous=jax.tree.map(jnp.zeros_like, current),
@@ -130,26 +131,44 @@ def step(state: LanczosState, product: PyTree) -> LanczosState:
     Pure: it may be jitted, scanned, vmapped over states and differentiated. Cost: with a basis, two
     passes of classical Gram-Schmidt over its m rows; without, five reads of a vector.
     """
+    return _step(state, product, lambda again, w, more: more(w))
+
+
+def sparing_step(state: LanczosState, product: PyTree) -> LanczosState:
+    """The same, where the second pass is left out when the first has found but rounding.
+
+    For use outside vmap and grad, which would take both ways.
+    """
+    return _step(state, product, lambda again, w, more: lax.cond(again, more, _nothing, w))
+
+
+def _nothing(w):
+    return w, jnp.zeros((), tree.accumulation_dtype(*jax.tree.leaves(w)))
+
+
+def _step(state: LanczosState, product: PyTree, second: Callable) -> LanczosState:
     j = state.index
     dtype = state.alphas.dtype
     product = jax.tree.map(lambda w, q: w.astype(q.dtype), product, state.current)
     before = jnp.where(j > 0, state.betas[jnp.maximum(j - 1, 0)], 0).astype(dtype)
     basis = state.basis
-    if basis is None:
-        backward = tree.vdot(state.previous, product)
-        w = tree.axpy(-before, state.previous, product)
-        alpha = tree.vdot(state.current, w)
-        w = tree.axpy(-alpha, state.current, w)
-    else:
-        basis = jax.tree.map(
-            lambda rows, q: lax.dynamic_update_index_in_dim(rows, q, j, 0), basis, state.current
-        )
-        first = tree.inner_products(basis, product)
-        w = tree.axpy(-1.0, tree.combine(basis, first), product)
-        second = tree.inner_products(basis, w)
-        w = tree.axpy(-1.0, tree.combine(basis, second), w)
-        alpha = first[j] + second[j]
-        backward = jnp.where(j > 0, first[jnp.maximum(j - 1, 0)], 0)
+    # The product has parts along two vectors; all others are rounding.
+    backward = tree.vdot(state.previous, product)
+    taken = before if basis is None else backward
+    w = tree.axpy(-taken, state.previous, product)
+    alpha = tree.vdot(state.current, w)
+    w = tree.axpy(-alpha, state.current, w)
+    if basis is not None:
+
+        def against_all(w):
+            found = tree.inner_products(basis, w)
+            return tree.axpy(-1.0, tree.combine(basis, found), w), found[j]
+
+        length = tree.norm(w)
+        w, first = against_all(w)
+        # Where a pass takes half, its own rounding counts (Daniel et al. 1976).
+        w, last = second(~(tree.norm(w) >= length / 2), w, against_all)
+        alpha = alpha + first + last
     beta = tree.norm(w)
     scale = jnp.maximum(state.scale, lax.stop_gradient(jnp.maximum(jnp.abs(alpha), before)))
     # A NaN is no breakdown: it must stay to be seen.
@@ -157,9 +176,13 @@ def step(state: LanczosState, product: PyTree) -> LanczosState:
     alive = state.alive & ~broken
     gap = lax.stop_gradient(jnp.abs(backward - before))
     factor = jnp.where(alive, 1 / jnp.where(alive, beta, 1), 0)
+    current = tree.scale(factor, w)
+    if basis is not None:
+        # Written when all reads of the basis are done, or XLA copies it.
+        basis = jax.tree.map(lambda rows, q: _written(rows, q, j + 1), basis, current)
     return LanczosState(
         previous=state.current,
-        current=tree.scale(factor, w),
+        current=current,
         basis=basis,
         alphas=state.alphas.at[j].set(jnp.where(state.alive, alpha, state.alphas[0])),
         betas=state.betas.at[j].set(jnp.where(alive, beta, 0)),
@@ -170,6 +193,15 @@ def step(state: LanczosState, product: PyTree) -> LanczosState:
         asymmetry=jnp.where(state.alive, jnp.maximum(state.asymmetry, gap), state.asymmetry),
         index=j + 1,
     )
+
+
+def _written(rows: jax.Array, row: jax.Array, index: jax.Array) -> jax.Array:
+    """The rows with one in its place; past the end they stay as they are."""
+    last = rows.shape[0] - 1
+    at = jnp.minimum(index, last)
+    old = lax.dynamic_index_in_dim(rows, at, 0, keepdims=False)
+    row = jnp.where(index <= last, row, old)
+    return lax.dynamic_update_index_in_dim(rows, row, at, 0)
 
 
 def _finish(state: LanczosState) -> Tridiagonal:

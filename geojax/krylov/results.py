@@ -106,8 +106,7 @@ def check_which(which: str) -> None:
         )
 
 
-@jax.jit
-def fix_signs(vectors: PyTree) -> PyTree:
+def _fix_signs(vectors: PyTree) -> PyTree:
     """Each stacked vector times the sign that makes its entry of largest magnitude positive."""
     best = None
     for leaf in jax.tree.leaves(vectors):
@@ -124,6 +123,10 @@ def fix_signs(vectors: PyTree) -> PyTree:
     return jax.tree.map(
         lambda x: x * sign.astype(x.dtype).reshape((-1,) + (1,) * (x.ndim - 1)), vectors
     )
+
+
+fix_signs = jax.jit(_fix_signs)
+fix_signs_in_place = jax.jit(_fix_signs, donate_argnums=0)
 
 
 def angle_bounds(values: np.ndarray, residuals: np.ndarray, others: np.ndarray) -> np.ndarray:

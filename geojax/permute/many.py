@@ -462,15 +462,14 @@ def _line_search(frame: _Frame, corners: Mapping[int, Mapping[Key, Hard]]) -> fl
         nodes = np.linspace(0, 1, 2 * axes + 1)
         values = []
         for u in nodes:
-            whole, own = None, 0.0
-            for i, problem in enumerate(frame.problems):
-                if i in corners and u > 0:
-                    x = problem.moved(problem.terms[t], _stepped(frame.states[i], corners[i], u))
-                else:
-                    x = frame.moved[i][t]
-                own += inner(x, x)
-                whole = x if whole is None else whole + x
-            values.append((inner(whole, whole) - own) / 2)
+            found = [
+                problem.moved(problem.terms[t], _stepped(frame.states[i], corners[i], u))
+                if i in corners and u > 0
+                else frame.moved[i][t]
+                for i, problem in enumerate(frame.problems)
+            ]
+            whole = functools.reduce(np.add, found)
+            values.append((inner(whole, whole) - sum(inner(x, x) for x in found)) / 2)
         coefficients = np.linalg.solve(np.vander(nodes, increasing=True), np.asarray(values))
         degree = max(degree, len(coefficients))
         total = np.pad(total, (0, max(0, degree - len(total))))

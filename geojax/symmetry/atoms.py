@@ -22,6 +22,7 @@ __all__ = [
     "head",
     "is_pinned",
     "joined",
+    "mix",
     "nested",
     "pin",
     "unify",
@@ -165,6 +166,12 @@ def pin(axis: Axis, mixed: bool = False) -> None:
     for atom in atoms(axis):
         atom.pinned = True
         atom.mixed |= mixed
+
+
+def mix(axis: Axis) -> None:
+    """Forbid that permutations depend on the position along an axis."""
+    for atom in atoms(axis):
+        atom.mixed = True
 
 
 def unify(first: Axis, second: Axis) -> None:

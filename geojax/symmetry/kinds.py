@@ -152,7 +152,7 @@ def _unary(walk: _Walk, eqn: Any, operands: list[Value], out: list[Value]) -> li
     else:
         scales, signs = _UNARY[name]
     own = _powers(x)
-    return [_each(out[0], lambda i, axis: [(scales, signs, own[i])], zero=x.zero and scales != 0)]
+    return [_each(out[0], lambda i, axis: [(scales, signs, own[i])], zero=x.zero and scales > 0)]
 
 
 def _product(walk: _Walk, eqn: Any, operands: list[Value], out: list[Value]) -> list[Value]:
@@ -237,9 +237,11 @@ def _kept(walk: _Walk, eqn: Any, operands: list[Value], out: list[Value]) -> lis
 
 
 def _pad(walk: _Walk, eqn: Any, operands: list[Value], out: list[Value]) -> list[Value]:
-    if not operands[1].zero:
-        walk.vanish(operands[0])
-    return _kept(walk, eqn, operands[:1], out)
+    kept = _kept(walk, eqn, operands[:1], out)
+    if operands[1].zero:
+        return kept
+    walk.vanish(operands[0])
+    return [value._replace(zero=False) for value in kept]
 
 
 def _concatenate(walk: _Walk, eqn: Any, operands: list[Value], out: list[Value]) -> list[Value]:
@@ -316,8 +318,11 @@ def _conv(walk: _Walk, eqn: Any, operands: list[Value], out: list[Value]) -> lis
 
 def _gather(walk: _Walk, eqn: Any, operands: list[Value], out: list[Value]) -> list[Value]:
     walk.vanish(operands[1])
+    fill = eqn.params["fill_value"]
+    if fill is not None and fill != 0 and not math.isnan(fill):
+        walk.vanish(operands[0])  # what is out of range is this number, whatever the factors
     # By atoms: an axis of the result has the factors of the operand's axis that it is.
-    return _all(walk, eqn, operands[:1], out)
+    return [value._replace(zero=False) for value in _all(walk, eqn, operands[:1], out)]
 
 
 _RULES: dict[str, Any] = {

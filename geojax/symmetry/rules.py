@@ -18,6 +18,7 @@ from geojax.symmetry.atoms import (
     fresh,
     is_pinned,
     joined,
+    mix,
     nested,
     pin,
     unify,
@@ -417,9 +418,10 @@ def _replaced(value: Value, i: int, axis: Axis) -> Value:
 @rule("sort")
 def _sort(walk: Walker, eqn: Any, operands: list[Value]) -> list[Value]:
     along = eqn.params["dimension"]
-    # Sorting one array does not care how it came; with several, ties do.
+    # Sorting one array does not care how it came, but entries move; with several, ties do.
     axis = fixed(operands[0].axes[along].size)
     if len(operands) == 1:
+        mix(operands[0].axes[along])
         walk.reduced(eqn, operands[0], [along])
     else:
         for value in operands:

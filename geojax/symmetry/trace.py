@@ -260,7 +260,7 @@ def permutation_spec(
     Example:
         >>> import jax.numpy as jnp
         >>> def mlp(params, x):
-        ...     return jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"]
+        ...     return jnp.tanh(x @ params["w1"] + params["b1"][None]) @ params["w2"]
         >>> shapes = {"w1": (3, 8), "b1": (8,), "w2": (8, 2)}
         >>> params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
         >>> spec = permutation_spec(mlp, params, jnp.zeros((5, 3)))
@@ -547,10 +547,10 @@ class Naming:
                     add({atom}, (place.leaf, place.axis))
             if atom not in self.ends:
                 add({atom})
+        kin = {atom: _kin(atom) for atom in read}
         for atom in read:
-            kin = _kin(atom)
-            others = {a for a in read if a.size == atom.size and _kin(a) & kin}
-            if len(others) > 1 and not (kin | others) & self.ends:
+            others = {a for a in read if a.size == atom.size and kin[a] & kin[atom]}
+            if len(others) > 1 and not (kin[atom] | others) & self.ends:
                 add(others)
         return [list(places) for places in found]
 

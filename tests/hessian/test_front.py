@@ -50,7 +50,7 @@ def _is_block(b, params):
 
 
 def dense(params, data, fn=loss_fn):
-    blocks = jax.hessian(fn)(params, data)
+    blocks = jax.jit(jax.hessian(fn))(params, data)
     n = sum(x.size for x in jax.tree.leaves(params))
     rows = [
         np.concatenate([np.asarray(b).reshape(p.size, -1) for b in jax.tree.leaves(block)], 1)

@@ -391,11 +391,15 @@ def test_a_direction_that_the_old_vectors_do_not_couple_to_is_found():
     found = track(quartic, run, jnp.ones(1), 3, options=options)
     np.testing.assert_allclose(found.eigenvalues, [[5, 4, 3], [6, 5, 4]], rtol=1e-5)
     assert found.overlaps[1] == pytest.approx(2 / 3, abs=1e-3)
-    # What eigsh makes of the old vectors alone, to show that this operator can tell.
+    # What eigsh makes of their sum alone, to show that this operator can tell.
     operator = hessian.hessian(quartic, run[1], jnp.ones(1))
     old = track(quartic, run[:1], jnp.ones(1), 3).eigenvectors
-    blind = krylov.eigsh(operator, 3, key=KEY, initial=clean(old), **options)
+    alone = jax.tree.map(lambda x: x.sum(0), clean(old))
+    blind = krylov.eigsh(operator, 3, key=KEY, initial=alone, **options)
     assert blind.eigenvalues[0] < 5.5
+    # Given several vectors, it mixes a random one in.
+    seeing = krylov.eigsh(operator, 3, key=KEY, initial=clean(old), **options)
+    np.testing.assert_allclose(seeing.eigenvalues, [6, 5, 4], rtol=1e-5)
 
 
 def clean(vectors):

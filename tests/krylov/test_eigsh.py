@@ -12,6 +12,9 @@ from geojax import checkpoint, krylov, tree
 from geojax.krylov import _basis
 
 KEY = jax.random.key(0)
+# Most operators below are of this size and most bases of the same room: what is compiled for one
+# test serves the others.
+N = 4006
 EPS = float(np.finfo(np.float32).eps)
 
 
@@ -58,7 +61,7 @@ OUTLIERS = np.array([100, 80, 60, 40, 20, 10.0])
 
 @pytest.fixture(scope="module")
 def bulk():
-    return np.random.default_rng(0).standard_normal(4000)
+    return np.random.default_rng(0).standard_normal(N - 6)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,7 @@ def test_twenty_pairs_down_into_the_bulk_by_restarts(outliers):
 
 
 def test_thirty_pairs_at_the_defaults_are_thirty_different_ones(bulk):
+    # In a denser bulk the thirtieth may be its neighbor, within the tolerance.
     values = np.concatenate([OUTLIERS, bulk[:1994]])
     pairs = krylov.eigsh(diagonal(values), 30, key=KEY)
     expected = np.sort(np.abs(values.astype(np.float32)))[::-1][:30]
@@ -93,7 +97,7 @@ def test_thirty_pairs_at_the_defaults_are_thirty_different_ones(bulk):
 
 def test_all_copies_of_a_five_fold_eigenvalue_are_found():
     for seed in range(6):
-        small = np.random.default_rng(seed).uniform(-0.5, 0.5, 2000)
+        small = np.random.default_rng(seed).uniform(-0.5, 0.5, N - 9)
         values = np.concatenate([[5] * 5, [4, 3, 2, 1], small])
         pairs = krylov.eigsh(diagonal(values), 5, key=jax.random.key(seed))
         check(pairs, values, [5] * 5, 1e-5)
@@ -101,7 +105,7 @@ def test_all_copies_of_a_five_fold_eigenvalue_are_found():
 
 
 def test_a_block_of_five_finds_the_five_copies_in_one_sweep():
-    small = np.random.default_rng(0).uniform(-0.5, 0.5, 2000)
+    small = np.random.default_rng(0).uniform(-0.5, 0.5, N - 5)
     values = np.concatenate([[5] * 5, small])
     pairs = krylov.eigsh(
         diagonal(values), 5, key=KEY, block_size=5, basis_size=30, confirm=0, verify=False
@@ -112,13 +116,13 @@ def test_a_block_of_five_finds_the_five_copies_in_one_sweep():
 
 def test_nine_eigenvalues_a_thousandth_apart_are_told_apart():
     top = 2 + 1e-3 * np.arange(9)
-    values = np.concatenate([top, np.random.default_rng(0).uniform(-1, 1, 3000)])
+    values = np.concatenate([top, np.random.default_rng(0).uniform(-1, 1, N - 9)])
     pairs = krylov.eigsh(diagonal(values), 9, key=KEY, tol=1e-5)
     check(pairs, values, top[::-1], 1e-6)
 
 
 def test_rank_two_has_zeros_for_the_rest():
-    values = np.zeros(2002)
+    values = np.zeros(N)
     values[[3, 1500]] = 2, 1
     pairs = krylov.eigsh(diagonal(values), 5, key=KEY)
     check(pairs, values, [2, 1, 0, 0, 0], 1e-5)
@@ -126,20 +130,20 @@ def test_rank_two_has_zeros_for_the_rest():
 
 
 def test_the_zero_operator_has_zero_eigenvalues():
-    pairs = krylov.eigsh(diagonal(np.zeros(50)), 3, key=KEY)
-    check(pairs, np.zeros(50) + 0.0, [0, 0, 0], 1e-30)
+    pairs = krylov.eigsh(diagonal(np.zeros(N)), 3, key=KEY)
+    check(pairs, np.zeros(N), [0, 0, 0], 1e-30)
     assert pairs.converged.all()
 
 
 def test_pairs_of_opposite_sign_are_told_apart():
     top = np.array([5, -5, -4.95, 4.9])
-    values = np.concatenate([top, np.random.default_rng(0).uniform(-1, 1, 1000)])
+    values = np.concatenate([top, np.random.default_rng(0).uniform(-1, 1, N - 4)])
     pairs = krylov.eigsh(diagonal(values), 4, key=KEY)
     np.testing.assert_allclose(np.sort(pairs.eigenvalues), np.sort(top), atol=5e-6)
     check(pairs, values, pairs.eigenvalues, 1)
     assert pairs.residuals.max() < 1e-5
     # The spectrum on which power iteration that stops on drift gives 3.87, 4.93 and 4.80.
-    values = np.concatenate([[5, -4.95, 4.9, 4.8], np.random.default_rng(0).uniform(0, 1, 500)])
+    values = np.concatenate([[5, -4.95, 4.9, 4.8], np.random.default_rng(0).uniform(0, 1, N - 4)])
     pairs = krylov.eigsh(diagonal(values), 3, key=KEY)
     check(pairs, values, [5, -4.95, 4.9], 1e-6)
 
@@ -158,9 +162,9 @@ def test_the_scale_of_the_operator_does_not_matter(outliers):
     assert run.converged.all()
 
 
-@pytest.mark.parametrize(("n", "k"), [(7, 7), (5, 1), (12, 3), (22, 21)])
-def test_small_spaces_are_exact(n, k):
-    values = np.arange(n) - n / 3
+@pytest.mark.parametrize("k", [1, 3, 11, 12])
+def test_small_spaces_are_exact(k):
+    values = np.arange(12) - 3.7
     pairs = krylov.eigsh(diagonal(values), k, key=KEY)
     expected = values[np.argsort(-np.abs(values), kind="stable")][:k]
     check(pairs, values, expected, 10 * EPS)
@@ -308,7 +312,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(outliers, tmp_path, bloc
 
     options = {"key": KEY, "basis_size": 34, "tol": 1e-4, "block_size": block_size}
     whole = krylov.eigsh(diagonal(outliers), 12, **options)
-    for stop in (15, 45, whole.history["num_matvecs"][-2]):
+    for stop in (15, 45, whole.history["num_matvecs"][-2])[block_size - 1 :]:
         folder = checkpoint.Checkpointer(tmp_path / str(stop), every=10)
         with pytest.raises(Killed):
             krylov.eigsh(diagonal(outliers), 12, **options, checkpoint=folder, callback=kill)
@@ -335,13 +339,12 @@ def test_a_result_survives_a_round_trip(outliers, tmp_path):
     assert pairs.table()[0]["converged"] == "yes"
 
 
-def test_float16_parameters_get_float32_vectors():
-    like = {"w": jnp.zeros((4, 5), jnp.bfloat16)}
-    d = {"w": jnp.arange(20.0, dtype=jnp.float32).reshape(4, 5)}
-    op = krylov.Operator(lambda v: _times(d, v), like)
+def test_bfloat16_parameters_get_float32_vectors():
+    clean = diagonal(np.arange(12.0))
+    op = krylov.Operator(clean.matvec, tree.cast(clean.like, jnp.bfloat16))
     pairs = krylov.eigsh(op, 2, key=KEY)
-    assert pairs.eigenvectors["w"].dtype == jnp.float32
-    np.testing.assert_allclose(pairs.eigenvalues, [19, 18], rtol=1e-6)
+    assert pairs.eigenvectors["a"].dtype == jnp.float32
+    np.testing.assert_allclose(pairs.eigenvalues, [11, 10], rtol=1e-6)
 
 
 def test_a_dot_of_a_million_bfloat16_numbers_is_accumulated_in_float32(rng):
@@ -356,11 +359,12 @@ def test_the_basis_keeps_to_its_memory():
     n = 400_000
     v = {"a": jnp.ones((500, 600)), "b": jnp.ones(100_000)}
     rows = _basis.allocate(v, 40)
-    arguments = (np.int32(3), np.uint32(0), jnp.zeros(()))
+    one = jnp.ones(())
+    arguments = (jnp.zeros(2), one, one, np.int32(3), np.int32(-1), np.uint32(0), one)
     step = _basis.append.lower(rows, v, *arguments, skip=True).compile().memory_analysis()
     # The basis is extended in place; the temporaries are a few vectors.
-    assert step.alias_size_in_bytes >= 40 * 4 * n
-    assert step.temp_size_in_bytes <= 5 * 4 * n
+    assert step.alias_size_in_bytes >= 41 * 4 * n
+    assert step.temp_size_in_bytes <= 3 * 4 * n
     turn = _basis.rotate.lower(rows, jnp.eye(40), whole=False).compile().memory_analysis()
     assert turn.alias_size_in_bytes >= 40 * 4 * n
     assert turn.temp_size_in_bytes <= 6 * 4 * n
@@ -373,6 +377,18 @@ def test_memory_bytes_sets_the_basis_and_too_little_is_refused(outliers):
     assert pairs.converged.all()
     with pytest.raises(ValueError, match="too little for 6 eigenpairs of 4006 parameters"):
         krylov.eigsh(op, 6, key=KEY, memory_bytes=15 * vector)
+
+
+def test_a_basis_in_chunks_gives_what_one_in_one_piece_gives(outliers, monkeypatch):
+    # Enough pairs for restarts, and for a result that lies in two chunks.
+    solve = functools.partial(krylov.eigsh, diagonal(outliers), 18, key=KEY, basis_size=40)
+    whole = solve()
+    monkeypatch.setattr(_basis, "_SMALL", 0)
+    cut = solve()
+    assert whole.history["num_matvecs"][-1] > 60
+    np.testing.assert_allclose(cut.eigenvalues, whole.eigenvalues, rtol=1e-5)
+    check(cut, outliers, whole.eigenvalues, 1e-5)
+    assert cut.converged.all()
 
 
 def test_rotation_is_a_matrix_product_whatever_the_leaf_size(rng):
@@ -412,7 +428,8 @@ def test_sharded_vectors_give_the_same_pairs_and_keep_their_sharding(mesh, block
         specs = {"a": PartitionSpec("model", "data"), "b": PartitionSpec("data")}
         return {k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in x.items()}
 
-    options = {"key": KEY, "basis_size": 20, "block_size": block_size, "tol": 1e-4}
+    # One room for both: 24 rows.
+    options = {"key": KEY, "basis_size": 24 - block_size, "block_size": block_size, "tol": 1e-4}
     one = krylov.eigsh(_tree_operator(lambda x: jax.tree.map(jnp.asarray, x)), 4, **options)
     with jax.set_mesh(mesh):
         op = _tree_operator(spread)
@@ -461,6 +478,7 @@ def test_operators_that_are_not_one_symmetric_matrix_are_refused():
 
 
 def test_a_product_that_is_not_finite_stops_the_run():
-    bad = krylov.Operator(lambda v: jax.tree.map(lambda x: x / 0, v), jnp.zeros(9), name="H")
+    values = diagonal(np.arange(12.0)).like
+    bad = krylov.Operator(lambda v: jax.tree.map(lambda x: x / 0, v), values, name="H")
     with pytest.raises(FloatingPointError, match="a product with H is not finite"):
         krylov.eigsh(bad, 1, key=KEY)

@@ -298,6 +298,36 @@ def test_layers_under_scan_have_permutations_of_their_own():
     assert spec.by_path["['layers']['b1']"].axes[0] == Factor(inner.index[0], 3)
 
 
+def test_scanned_layers_have_the_groups_of_the_same_layers_unrolled():
+    scanned = networks.scanned_layers()
+
+    def unrolled(p, x):
+        x = x @ p["in"]
+        for q in p["layers"]:
+            x = x + jnp.tanh(x @ q["w1"] + q["b1"][None]) @ q["w2"]
+        return x @ p["out"]
+
+    layers = [{k: v[i] for k, v in scanned.params["layers"].items()} for i in range(3)]
+    plain = permutation_spec(unrolled, scanned.params | {"layers": layers}, *scanned.inputs)
+    stacked = derived(scanned)
+    for group in stacked.groups:
+        # A leaf of layer i has one axis less, and a group that depends on the layer is one of many.
+        for i in range(3):
+            places = {
+                (path.replace("['layers']", f"['layers'][{i}]"), axis - ("layers" in path))
+                for path, axis in stacked.members(group.name)
+            }
+            if not group.index:
+                places |= {
+                    (path.replace("['layers']", f"['layers'][{j}]"), axis - 1)
+                    for path, axis in stacked.members(group.name)
+                    if "layers" in path
+                    for j in range(3)
+                }
+            assert places in as_sets(plain)
+    assert len(plain.groups) == 1 + 3
+
+
 def test_an_index_comes_outermost_first():
     spec = derived(networks.scanned_heads())
     (heads,) = (group for group in spec.groups if group.shape == (2, 3))
@@ -427,6 +457,20 @@ def test_no_permutation_depends_on_an_axis_whose_positions_meet():
     spec = permutation_spec(mixed, params | {"m": array(3, 3)}, array(5, 3))
     assert sizes(spec) == [(3,), (4,)]
     assert sizes(permutation_spec(backwards, params, array(5, 3))) == [(4,)]
+
+
+def test_sorting_moves_entries_along_the_axis_that_it_does_not_fix():
+    # The rows may be permuted, but not in each column apart: sorted rows are added to themselves.
+    def apply_fn(p):
+        return jnp.sum(jnp.sin(p["w"] + jnp.sort(p["w"], axis=1)))
+
+    spec = permutation_spec(apply_fn, {"w": array(3, 6)})
+    assert sizes(spec) == [(3,)]
+    # Alone, the sorted axis is read without regard to its order.
+    spec = permutation_spec(
+        lambda p: jnp.sin(jnp.sort(p["w"], axis=1))[:, 2].sum(), {"w": array(3, 6)}
+    )
+    assert sizes(spec) == [(3,), (3, 6)]
 
 
 def test_leaves_that_are_not_read_are_listed_and_stay():

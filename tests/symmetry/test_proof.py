@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from geojax.symmetry import (
     Factor,
@@ -20,6 +22,7 @@ from geojax.symmetry import (
     check,
     completeness,
     permutation_spec,
+    with_kinds,
 )
 from geojax.symmetry.proof import _applied, generic
 
@@ -59,7 +62,7 @@ def test_derived_specs_are_true_and_lack_nothing(name):
 
 
 @pytest.mark.parametrize("first", range(0, 200, 20))
-def test_random_graphs_have_no_false_symmetry(first):
+def test_random_graphs_have_no_false_symmetry_sign_or_scale(first):
     apply_fn, params, x = graphs.batch(range(first, first + 20), np.float32)
     spec = permutation_spec(apply_fn, params, x)
     report = check(spec, apply_fn, params, x, key=jax.random.key(first), rtol=1e-5)
@@ -67,6 +70,13 @@ def test_random_graphs_have_no_false_symmetry(first):
     controls = np.array([c for c in report.controls.values() if not np.isnan(c)])
     assert len(controls) > 30
     assert (controls > 1e-5).mean() > 0.95
+    # Nor a false sign or scale; compiled as the function is, this costs its evaluation alone.
+    spec = with_kinds(spec, apply_fn, params, x)
+    kinds = [group.kind for group in spec.groups]
+    assert kinds.count("permutation") > 4
+    assert len(kinds) - kinds.count("permutation") > 4
+    report = check(spec, apply_fn, params, x, key=jax.random.key(first), rtol=1e-5)
+    assert max(*report.changes.values(), report.joint) <= 1e-5
 
 
 def test_random_graphs_have_no_false_symmetry_in_float64():
@@ -294,3 +304,25 @@ def test_gradients_move_with_the_parameters():
     back = _applied(spec, permutation, gradient(params, *network.inputs))
     for x, y in zip(jax.tree.leaves(there), jax.tree.leaves(back), strict=True):
         assert np.abs(x - y).max() <= 1e-5 * max(1.0, float(np.abs(y).max()))
+
+
+def test_sharded_parameters_and_data_keep_their_places(mesh):
+    def apply_fn(p, x):
+        return jnp.tanh(x @ p["a"] + p["c"][None]) @ p["b"]
+
+    network = networks.plain(apply_fn, networks.shapes(a=(3, 8), c=(8,), b=(8, 2)), (8, 3))
+    specs = {"a": P(None, "model"), "c": P("model"), "b": P("model", None)}
+    with jax.set_mesh(mesh):
+        placed = {
+            k: jax.device_put(v, NamedSharding(mesh, specs[k])) for k, v in network.params.items()
+        }
+        x = jax.device_put(network.inputs[0], NamedSharding(mesh, P("data")))
+
+        def sharded(p, x):
+            hidden = jnp.tanh(jnp.einsum("bi,ij->bj", x, p["a"]) + p["c"][None])
+            return jnp.sum(hidden[:, :, None] * p["b"][None], axis=1)
+
+        spec = permutation_spec(sharded, placed, x)
+        report = check(spec, sharded, placed, x, key=KEY)
+    assert [group.size for group in spec.groups] == [8]
+    assert report.joint <= 1e-5 < report.controls[spec.groups[0].name]
