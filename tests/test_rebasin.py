@@ -147,3 +147,25 @@ def test_help_says_what_it_does():
     )  # fmt: skip
     assert "--networks" in run.stdout
     assert "Git Re-Basin" in run.stdout
+
+
+def test_many_networks_are_trained_merged_and_set_against_their_ensemble(tmp_path, monkeypatch):
+    many = script("merge_many")
+    options = many.Options(
+        num_networks=3, epochs=6, model_options='{"widths": [24, 24]}', repair=True, out=tmp_path
+    )
+    with jax.numpy_dtype_promotion("standard"):  # optax's Adam mixes integers and floats
+        many.main(options)
+    found = json.loads((tmp_path / "result.json").read_text())
+    table = {row["network"]: row for row in found["merged"]}
+    assert table["mean, aligned"]["test NLL"] < table["mean, not aligned"]["test NLL"]
+    singles = np.mean([x["test loss"] for x in found["networks"]])
+    assert table["ensemble of all"]["test NLL"] < singles
+    assert len(found["networks"]) == 3
+    assert checkpoint.load_network(tmp_path / "merged").model == "mlp"
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a network was trained again")
+
+    monkeypatch.setattr(many.fit, "fit", forbidden)
+    many.main(options)

@@ -16,7 +16,17 @@ from geojax import assignment
 from geojax.symmetry.action import Monomial
 from geojax.symmetry.spec import Leaf, PermutationSpec, SpecError, blocks
 
-__all__ = ["Dense", "Hard", "Key", "Problem", "Term", "host_leaves", "inner", "make_problem"]
+__all__ = [
+    "Dense",
+    "Hard",
+    "Key",
+    "Problem",
+    "Term",
+    "host_leaves",
+    "inner",
+    "make_problem",
+    "products",
+]
 
 PyTree = Any
 # A group's name, and the positions of the fixed indices (scan layers) that it depends on.
@@ -198,7 +208,7 @@ class Problem:
             if k is not None and x != axis and state[k] is None:
                 a = a.sum(x, keepdims=True)
         b = self.moved(term, state, skip=(axis,))
-        scores = _products(a, b, axis)
+        scores = products(a, b, axis)
         if self.score == "cosine":
             rows, columns = (
                 np.sqrt(np.square(x, dtype=np.float64).sum(tuple(set(range(x.ndim)) - {axis})))
@@ -357,7 +367,7 @@ def inner(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.einsum(a, letters, b, letters, [], dtype=np.float64))
 
 
-def _products(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
+def products(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
     """Sum over all other axes of a[.. i ..] b[.. j ..], an (i, j) matrix."""
     before, after = a.shape[:axis], a.shape[axis + 1 :]
     leading, trailing = int(np.prod(before)), int(np.prod(after))

@@ -25,6 +25,7 @@ from geojax.permute._problem import (
     host_leaves,
     inner,
     make_problem,
+    products,
     to_permutation,
     to_state,
 )
@@ -42,6 +43,7 @@ PyTree = Any
 _TOLERANCE = 1e-12
 _SMALL_STEP = 1e-5
 _PATIENCE = 3
+_REFRESH = 10
 
 
 class ManyResult(NamedTuple):
@@ -391,19 +393,22 @@ def _universe_steps(
     with bars.bar(max_steps, "Frank-Wolfe on all networks", show=progress) as update:
         for step in range(1, max_steps + 1):
             before = objective
-            corners: dict[int, dict[Key, Hard]] = {}
-            for i in movers:
-                problem = frame.facing_others(i)
-                corners[i] = {key: problem.solve(key, frame.states[i])[0] for key in plain}
-            length = _line_search(frame, corners)
-            for i in movers:
-                frame.put(i, _stepped(frame.states[i], corners[i], length))
+            paths = {i: _path(frame, i, plain) for i in movers}
+            length = _line_search(frame, paths)
+            for i, path in paths.items():
+                frame.states[i] = _stepped(frame.states[i], path.corners, length)
+                frame.moved[i] = [_evaluated(x, length) for x in path.coefficients]
+            frame.refresh()
+            for i in movers if blocks else ():
                 for root in blocks:
                     problem = frame.facing_others(i)
                     change = {**frame.states[i], **problem.solve_family(root, frame.states[i])}
                     if problem.value(change) > problem.value(frame.states[i]):
                         frame.put(i, change)
-            frame.refresh()
+            if step % _REFRESH == 0:  # what the polynomials' rounding has added up to
+                for i in movers:
+                    frame.put(i, frame.states[i])
+                frame.refresh()
             objective = frame.objective()
             update(step, objective=objective)
             if callback is not None:
@@ -450,30 +455,77 @@ def _stepped(state: State, corners: Mapping[Key, Hard], t: float) -> State:
     return out
 
 
-def _line_search(frame: _Frame, corners: Mapping[int, Mapping[Key, Hard]]) -> float:
-    """The exact best step: along it each block is a polynomial, and so is the objective."""
-    degree = 0
+class _Path(NamedTuple):
+    """Where a network would go in a step: its corner, and its blocks as polynomials on the way."""
+
+    corners: dict[Key, Hard]
+    coefficients: list[list[np.ndarray]]  # per block, lowest power first
+
+
+def _path(frame: _Frame, i: int, plain: Sequence[Key]) -> _Path:
+    """The best corner for network i against the sum of the others, and the way there.
+
+    A block is linear in each matrix that acts on it. What the scores need, the block with one
+    matrix left out, is also what gives the polynomial: all else is gathering by permutations.
+    """
+    problem, state = frame.facing_others(i), frame.states[i]
+    scores: dict[Key, Any] = dict.fromkeys(plain, 0.0)
+    partial: dict[tuple[int, int], np.ndarray] = {}
+    for t, term in enumerate(problem.terms):
+        for axis, key in enumerate(term.keys):
+            if key in scores:
+                partial[t, axis] = problem.moved(term, state, skip=(axis,))
+                scores[key] = scores[key] + products(term.a, partial[t, axis], axis)
+    corners = {key: Hard(assignment.solve(x).columns) for key, x in scores.items()}
+    coefficients = []
+    for t, term in enumerate(problem.terms):
+        axes = [axis for axis, key in enumerate(term.keys) if key in corners]
+        here = frame.moved[i][t]
+        ends = [partial[t, axis].take(corners[term.keys[axis]].order, axis) for axis in axes]  # type: ignore[index]
+        if len(axes) == 2:
+            far = problem.moved(term, {**state, **corners})
+            both = ends[0] + ends[1]
+            coefficients.append([here, both - 2 * here, here - both + far])
+        elif len(axes) < 2:
+            coefficients.append([here, *(end - here for end in ends)])
+        else:
+            nodes = np.linspace(0, 1, len(axes) + 1)
+            values = [here, *(problem.moved(term, _stepped(state, corners, u)) for u in nodes[1:])]
+            inverse = np.linalg.inv(np.vander(nodes, increasing=True))
+            coefficients.append(
+                [
+                    functools.reduce(
+                        np.add, (x * x.dtype.type(c) for x, c in zip(values, row, strict=True))
+                    )
+                    for row in inverse
+                ]
+            )
+    return _Path(corners, coefficients)
+
+
+def _evaluated(coefficients: Sequence[np.ndarray], t: float) -> np.ndarray:
+    return functools.reduce(np.add, (x * x.dtype.type(t**k) for k, x in enumerate(coefficients)))
+
+
+def _line_search(frame: _Frame, paths: Mapping[int, _Path]) -> float:
+    """The exact best step: along it every block is a polynomial, and so is the objective."""
     total = np.zeros(1)
-    keys = set(next(iter(corners.values())))
-    for t, term in enumerate(frame.problems[0].terms):
-        axes = sum(key in keys for key in term.keys)
-        if not axes:
-            continue
-        nodes = np.linspace(0, 1, 2 * axes + 1)
-        values = []
-        for u in nodes:
-            found = [
-                problem.moved(problem.terms[t], _stepped(frame.states[i], corners[i], u))
-                if i in corners and u > 0
-                else frame.moved[i][t]
-                for i, problem in enumerate(frame.problems)
-            ]
-            whole = functools.reduce(np.add, found)
-            values.append((inner(whole, whole) - sum(inner(x, x) for x in found)) / 2)
-        coefficients = np.linalg.solve(np.vander(nodes, increasing=True), np.asarray(values))
-        degree = max(degree, len(coefficients))
-        total = np.pad(total, (0, max(0, degree - len(total))))
-        total[: len(coefficients)] += coefficients
+    for t in range(len(frame.problems[0].terms)):
+        own = [path.coefficients[t] for path in paths.values()]
+        degree = max(len(x) for x in own)
+        still = [frame.moved[i][t] for i in range(len(frame.problems)) if i not in paths]
+        whole = [
+            functools.reduce(np.add, [x[k] for x in own if k < len(x)] + (still if k == 0 else []))
+            for k in range(degree)
+        ]
+        found = np.zeros(2 * degree - 1)
+        for k in range(degree):
+            for m in range(degree):
+                found[k + m] += inner(whole[k], whole[m])
+                found[k + m] -= sum(inner(x[k], x[m]) for x in own if max(k, m) < len(x))
+        found[0] -= sum(inner(x, x) for x in still)
+        total = np.pad(total, (0, max(0, len(found) - len(total))))
+        total[: len(found)] += found / 2
     return matching.highest(total)
 
 
