@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["curves", "density", "png"]
+__all__ = ["curves", "density", "levels", "plane", "png", "reliability"]
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -24,6 +24,17 @@ _STYLE: dict[Any, Any] = {
     "savefig.dpi": 200,
     "figure.constrained_layout.use": True,
 }
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            'figures need matplotlib; install it with `pip install "geojax[plot]"`.'
+        ) from error
+    return matplotlib, Figure
 
 
 def curves(
@@ -47,14 +58,9 @@ def curves(
     Raises:
         ImportError: Without matplotlib.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
-    except ImportError as error:
-        raise ImportError(
-            'figures need matplotlib; install it with `pip install "geojax[plot]"`.'
-        ) from error
+    matplotlib, Figure = _matplotlib()  # noqa: N806
+    from matplotlib.ticker import PercentFormatter
+
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(size[0] * len(panels), size[1]))
         for i, panel in enumerate(panels):
@@ -107,13 +113,7 @@ def density(
         ImportError: Without matplotlib.
         ValueError: If the curves of a panel have different axes, or there are none.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            'figures need matplotlib; install it with `pip install "geojax[plot]"`.'
-        ) from error
+    matplotlib, Figure = _matplotlib()  # noqa: N806
     if hasattr(panels, "curve") or hasattr(panels, "coordinate"):
         panels = [{"lines": {"": panels}}]
     with matplotlib.rc_context(_STYLE):
@@ -200,6 +200,308 @@ def _eigenvalue_axis(axes: Any, curve: Any) -> None:
         return f"${sign}10^{{{round(np.log10(abs(tick)))}}}$"
 
     axes.set_xticks(list(chosen.values()), [name(tick) for tick in chosen])
+
+
+def levels(
+    values: Any, num: int = 8, *, top: float | None = None, log_offset: float | None = None
+) -> np.ndarray:
+    r"""Levels that lie closer the lower they are, where a loss is flat.
+
+    :math:`l_i = m + \exp(a + \tfrac{i}{N} (\log(M - m) - a))` for i from 1 to N, and
+    :math:`l_0 = m`, between the smallest value m and the largest one M.
+
+    Args:
+        values: Any array; what is not finite is left out.
+        num: N, the number of bands.
+        top: M, if smaller than the largest value.
+        log_offset: a, the logarithm of how far :math:`l_1` lies above m, but for one step. By
+            default a hundredth of the range.
+
+    Returns:
+        `(num + 1,)`, ascending.
+
+    Raises:
+        ValueError: If there is no finite value, or no value below `top`; for `num` below 1.
+
+    Example:
+        >>> levels([0.0, 100.0], 2).round(6).tolist()
+        [0.0, 10.0, 100.0]
+
+    Reference:
+        The figures of Garipov et al. 2018, with a = -5 for losses and -1 for errors in percent.
+    """
+    values = np.asarray(values, np.float64)
+    values = values[np.isfinite(values)]
+    if num < 1 or not len(values) or (top is not None and top <= values.min()):
+        raise ValueError(
+            f"levels: expected a finite value below top={top} and num={num} of at least 1."
+        )
+    low = values.min()
+    high = values.max() if top is None else min(top, values.max())
+    if not high > low:
+        # A flat metric is one band.
+        return np.array([low, low + max(abs(low), 1.0) * 1e-3])
+    span = np.log(high - low)
+    start = span - np.log(100) if log_offset is None else log_offset
+    if start >= span:
+        raise ValueError(
+            f"levels: log_offset is {log_offset}; expected less than the logarithm of the range, "
+            f"{span:.4g}."
+        )
+    out = low + np.exp(np.linspace(start, span, num + 1))
+    out[0], out[-1] = low, high
+    return out
+
+
+def plane(
+    result: Any,
+    metric: str,
+    *,
+    marks: Any = None,
+    path: Any = None,
+    top: float | None = None,
+    num_levels: int = 8,
+    log_offset: float | None = None,
+    percent: bool = False,
+    label: str | None = None,
+    title: str | None = None,
+    size: tuple[float, float] | None = None,
+) -> Any:
+    """Filled contours of a metric on a plane, at levels that lie closer the lower they are.
+
+    Both axes are distances in weight space, on one scale. Scattered positions are interpolated
+    linearly on their triangulation. Where the metric is NaN the plane is left white; infinity lies
+    above the highest level.
+
+    Args:
+        result: A `surface.Plane`.
+        metric: The name of one of its metrics.
+        marks: Points to mark: names for the frame's three points (None leaves one out), or a dict
+            from name to coordinates (x, y).
+        path: A line to draw: `(n, 2)` coordinates or a `surface.Projection`, or a dict of such.
+        top: The highest level; what lies above is one band, at the open end of the colour bar.
+        num_levels: The number of bands below that.
+        log_offset: As for `levels`.
+        percent: The metric is a fraction, shown in %.
+        label: Beside the colour bar; by default the metric's name.
+        title: Above the figure.
+        size: Width and height in inches; by default 4.2 and what the plane's own shape asks for.
+
+    Returns:
+        A `matplotlib.figure.Figure`; write it with `png` or its own `savefig`. The data are
+        `result.coordinates` and `result.values`.
+
+    Raises:
+        ImportError: Without matplotlib.
+        ValueError: For a metric that is not there, or marks without coordinates.
+    """
+    matplotlib, Figure = _matplotlib()  # noqa: N806
+    from matplotlib.colors import BoundaryNorm
+
+    if metric not in result.values:
+        raise ValueError(f"metric is {metric!r}; the plane has {', '.join(result.values)}.")
+    places = _places(marks, result)
+    x, y = result.coordinates[..., 0], result.coordinates[..., 1]
+    z = np.asarray(result.values[metric], np.float64)
+    at = levels(z, num_levels, top=top, log_offset=log_offset)
+    above = bool((z[~np.isnan(z)] > at[-1]).any())
+    z = np.where(z == np.inf, at[-1] + 1e3 * (at[-1] - at[0]), z)
+    # The largest value itself belongs to the highest band.
+    drawn = at.copy()
+    drawn[-1] += 0 if above else 1e-9 * (at[-1] - at[0])
+    drawn[0] -= 1e-9 * (at[-1] - at[0])
+    extend = "max" if above else "neither"
+    colors = matplotlib.colormaps["viridis"]
+    bands = len(at) - 1 + above
+    shades = matplotlib.colors.ListedColormap(colors(np.linspace(1.0, 0.08, max(bands, 2))))
+    look = {"levels": drawn, "extend": extend, "cmap": shades,
+            "norm": BoundaryNorm(drawn, max(bands, 2), extend=extend)}  # fmt: skip
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+        # Fixed margins in inches: the automatic layout cuts labels off axes of a fixed aspect.
+        left, right, under, over = 0.62, 0.95, 0.5, 0.32 if title else 0.12
+        slope = np.ptp(y) / np.ptp(x)
+        wide, high = 4.2 - left - right, float(np.clip((4.2 - left - right) * slope, 1.3, 5.0))
+        if size is None:
+            wide = max(min(wide, high / slope), 0.8)
+            size = left + wide + right, under + high + over
+        wide, high = size[0] - left - right, size[1] - under - over
+        figure = Figure(figsize=size, layout="none")
+        axes = figure.add_axes(
+            (left / size[0], under / size[1], wide / size[0], high / size[1]),
+        )
+        wide = min(wide, high / slope)
+        if z.ndim == 2:
+            z = np.ma.masked_invalid(z)
+            filled = axes.contourf(x, y, z, **look)
+            axes.contour(x, y, z, levels=at[1:-1], colors="white", linewidths=0.5, alpha=0.7)
+        else:
+            known = np.isfinite(z)
+            filled = axes.tricontourf(x[known], y[known], z[known], **look)
+            axes.tricontour(
+                x[known], y[known], z[known], levels=at[1:-1], colors="white", linewidths=0.5,
+                alpha=0.7,
+            )  # fmt: skip
+        _paths(axes, path)
+        axes.set_aspect("equal", anchor="W")
+        axes.set_xlim(x.min(), x.max())
+        axes.set_ylim(y.min(), y.max())
+        _marks(axes, places)
+        axes.set_xlabel("distance along $e_1$")
+        axes.set_ylabel("distance along $e_2$")
+        if title:
+            axes.set_title(title, loc="left")
+        # Beside the plane and as high as it is, whatever its shape.
+        beside = axes.inset_axes((1 + 0.08 / wide, 0.0, 0.14 / wide, 1.0))
+        bar = figure.colorbar(filled, cax=beside, spacing="uniform", ticks=drawn)
+        unit = 100 if percent else 1
+        bar.ax.set_yticklabels(_names(unit * at, " %" if percent else ""))
+        bar.ax.tick_params(length=0)
+        bar.outline.set_visible(False)
+        bar.set_label(metric if label is None else label)
+        return figure
+
+
+def _names(values: np.ndarray, unit: str) -> list[str]:
+    """Numbers with as few digits as tell neighbours apart."""
+    for digits in range(2, 8):
+        names = [f"{value:.{digits}g}{unit}" for value in values]
+        if len(set(names)) == len(names):
+            break
+    return names  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def _places(marks: Any, result: Any) -> dict[str, np.ndarray]:
+    if marks is None:
+        return {}
+    if isinstance(marks, Mapping):
+        named = {name: np.asarray(place, np.float64) for name, place in marks.items()}
+        if any(place.shape != (2,) for place in named.values()):
+            raise ValueError("marks: expected coordinates (x, y) for each name.")
+        return named
+    if isinstance(marks, str) or len(marks) != len(result.frame.points):
+        raise ValueError(
+            f"marks: got {marks!r}; expected names for the plane's {len(result.frame.points)} "
+            "points, or a dict from name to (x, y)."
+        )
+    pairs = zip(marks, result.frame.points, strict=True)
+    return {name: place for name, place in pairs if name is not None}
+
+
+def _marks(axes: Any, places: Mapping[str, np.ndarray]) -> None:
+    """Dots with their names beside them, readable on any colour."""
+    from matplotlib.patheffects import withStroke
+
+    ends = np.array([axes.get_xlim(), axes.get_ylim()])
+    for name, place in places.items():
+        axes.plot(*place, "o", color="black", mec="white", mew=1.0, ms=6, zorder=5)
+        # Away from the right and the upper edge.
+        left, under = (place - ends[:, 0]) / np.ptp(ends, axis=1) > (0.85, 0.9)
+        axes.annotate(
+            name, place, xytext=(-6 if left else 6, -5 if under else 5),
+            ha="right" if left else "left", va="top" if under else "bottom", zorder=6,
+            textcoords="offset points", annotation_clip=True,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        )  # fmt: skip
+
+
+def _paths(axes: Any, path: Any) -> None:
+    from matplotlib.patheffects import withStroke
+
+    if path is None:
+        return
+    lines = path if isinstance(path, Mapping) else {"": path}
+    for i, (name, line) in enumerate(lines.items()):
+        line = np.asarray(getattr(line, "coordinates", line), np.float64)
+        if line.ndim != 2 or line.shape[1] != 2:
+            raise ValueError(f"path: {name!r} has shape {line.shape}; expected (n, 2).")
+        axes.plot(
+            *line.T, color="black", linestyle=_DASHES[i % len(_DASHES)], lw=1.3, label=name or None,
+            zorder=4, path_effects=[withStroke(linewidth=2.6, foreground="white")],
+        )  # fmt: skip
+    if any(lines):
+        legend = axes.legend(frameon=True, framealpha=0.85, edgecolor="none")
+        legend.set_zorder(7)
+
+
+def reliability(
+    calibration: Any,
+    *,
+    title: str | None = None,
+    size: tuple[float, float] = (3.4, 3.8),
+) -> Any:
+    """Reliability diagrams: accuracy against confidence, and how many examples are in each bin.
+
+    Bars are Wilson's 95 % intervals of the accuracy, wide where a bin holds few examples. The bins
+    of 'classwise' are pooled over the classes.
+
+    Args:
+        calibration: An `ensemble.Calibration`, or a dict from label to such.
+        title: Above the figure.
+        size: Width and height in inches.
+
+    Returns:
+        A `matplotlib.figure.Figure`; write it with `png` or its own `savefig`.
+
+    Raises:
+        ImportError: Without matplotlib.
+    """
+    matplotlib, Figure = _matplotlib()  # noqa: N806
+    from matplotlib.ticker import PercentFormatter
+
+    given = calibration if isinstance(calibration, Mapping) else {"": calibration}
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size)
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        above.plot([0, 1], [0, 1], color="#888888", lw=1.0, zorder=1)
+        low = 1.0
+        for j, (label, found) in enumerate(given.items()):
+            color = _COLORS[j % len(_COLORS)]
+            counts, confidence, accuracy = _pooled(found.bins)
+            known = counts > 0
+            ece = f"ECE {100 * found.ece.value:.1f} ± {100 * found.ece.standard_error:.1f} %"
+            above.errorbar(
+                confidence[known], accuracy[known], _wilson(accuracy[known], counts[known]),
+                color=color, linestyle=_DASHES[j % len(_DASHES)], marker="o", ms=3.5,
+                elinewidth=1.0, label=f"{label}: {ece}" if label else ece, zorder=3 + j,
+            )  # fmt: skip
+            below.stairs(
+                counts / counts.sum(), found.bins.edges, color=color, lw=1.3, fill=len(given) == 1,
+                linestyle=_DASHES[j % len(_DASHES)],
+            )  # fmt: skip
+            low = min(low, found.bins.edges[:-1][known].min())
+        above.set_xlim(low - 0.015 * (1 - low), 1 + 0.015 * (1 - low))
+        above.set_ylim(-0.02, 1.02)
+        above.set_ylabel("accuracy")
+        # Above the diagram: within it there is no corner that every curve avoids.
+        above.legend(loc="lower left", bbox_to_anchor=(0, 1), borderpad=0, handlelength=2.2)
+        below.set_ylabel("examples")
+        below.set_xlabel("confidence")
+        below.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, symbol=" %", decimals=0))
+        if title:
+            figure.suptitle(title, x=0.02, ha="left", fontsize=10)
+        figure.align_ylabels([above, below])
+        return figure
+
+
+def _pooled(bins: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Counts, confidence and accuracy of each bin, over all classes."""
+    if bins.counts.ndim == 1:
+        return bins.counts, bins.confidence, bins.accuracy
+    counts = bins.counts.sum(0)
+    with np.errstate(invalid="ignore"):
+        confidence, accuracy = (
+            np.nansum(bins.counts * part, axis=0) / counts
+            for part in (bins.confidence, bins.accuracy)
+        )
+    return counts, confidence, accuracy
+
+
+def _wilson(share: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """How far the 95 % interval of a share reaches below and above it, `(2, n)`."""
+    z = 1.96**2 / counts
+    center = (share + z / 2) / (1 + z)
+    half = np.sqrt(z * share * (1 - share) + z * z / 4) / (1 + z)
+    return np.maximum(np.stack([share - center + half, center + half - share]), 0)
 
 
 def png(figure: Any) -> bytes:

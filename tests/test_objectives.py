@@ -54,3 +54,67 @@ def test_other_batches_and_tasks_are_refused():
         objectives.metrics(apply, {})(W, {"x": X})
     with pytest.raises(ValueError, match="task is 'ranking'"):
         objectives.loss(apply, {}, "ranking")
+
+
+def outputs_as_they_are(params, state, inputs, train):
+    return inputs, state
+
+
+def test_the_top_five_of_random_outputs_hold_one_label_in_twenty():
+    r = np.random.default_rng(1)
+    inputs = r.normal(size=(20_000, 100)).astype(np.float32)
+    labels = r.integers(100, size=20_000).astype(np.int32)
+    measure = objectives.metrics(outputs_as_they_are, {}, top_k=(1, 5, 100))
+    found = jax.jit(measure)({}, (inputs, labels))
+    assert set(found) == {"loss", "error", "top1_error", "top5_error", "top100_error"}
+    # The label must be among its own row's five: of anyone's five it nearly always is.
+    order = np.argsort(-inputs, -1)[:, :5]
+    want = np.mean((order != labels[:, None]).all(-1))
+    assert float(found["top5_error"]) == pytest.approx(want, rel=1e-6)
+    assert 1 - float(found["top5_error"]) == pytest.approx(0.05, abs=0.01)
+    assert found["top1_error"] == found["error"]
+    assert found["top100_error"] == 0
+
+
+def test_equal_outputs_are_ranked_by_class_as_argmax_ranks_them():
+    inputs = np.array([[1.0, 1.0, 1.0]] * 3 + [[0.0, 2.0, 2.0]] * 3, np.float32)
+    labels = np.array([0, 0, 1, 0, 1, 1], np.uint8)
+    found = objectives.metrics(outputs_as_they_are, {}, top_k=(1, 2))({}, (inputs, labels))
+    # Ranks: 0, 0, 1 and 2, 0, 0.
+    assert float(found["top1_error"]) == float(found["error"]) == pytest.approx(2 / 6)
+    assert float(found["top2_error"]) == pytest.approx(1 / 6)
+
+
+def test_outputs_that_are_not_numbers_are_not_among_the_best():
+    inputs = np.array([[np.nan, 1.0, 0.0], [0.0, np.nan, 1.0], [-np.inf, 1.0, 0.0]], np.float32)
+    labels = np.array([0, 2, 1], np.int32)
+    found = objectives.metrics(outputs_as_they_are, {}, top_k=(2,))({}, (inputs, labels))
+    assert float(found["top2_error"]) == pytest.approx(2 / 3)
+
+
+def test_tops_of_sequences_and_of_sharded_examples(mesh):
+    inputs = R.normal(size=(8, 5, 6)).astype(np.float32)
+    labels = R.integers(6, size=(8, 5)).astype(np.int32)
+    measure = objectives.metrics_with_state(outputs_as_they_are, top_k=(3,))
+    want = np.mean((np.argsort(-inputs, -1)[..., :3] != labels[..., None]).all(-1))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    batch = jax.device_put((inputs, labels), where)
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda batch: measure({}, {}, batch)["top3_error"])(batch)
+    assert float(found) == pytest.approx(want, rel=1e-6)
+
+
+def test_tops_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="expected integers of at least 1"):
+        objectives.metrics(apply, {}, top_k=(0,))
+    with pytest.raises(ValueError, match="only labels have a rank"):
+        objectives.metrics(apply, {}, "regression", top_k=(5,))
+    with pytest.raises(ValueError, match="asked for the top 5 of 4 classes"):
+        objectives.metrics(apply, {}, top_k=(5,))(W, (X, LABELS))
+
+
+def test_labels_of_one_byte_are_not_confused_with_classes_past_256():
+    outputs = jnp.zeros((1, 300)).at[0, 259].set(1.0)
+    metrics_fn = objectives.metrics(lambda params, state, x, train: (outputs, state), {})
+    found = metrics_fn({}, (jnp.zeros((1, 2)), jnp.array([3], jnp.uint8)))
+    assert float(found["error"]) == 1.0

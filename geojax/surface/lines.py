@@ -1,11 +1,7 @@
-"""Loss and other metrics along lines through weight space, and directions to walk in.
+"""Loss and other metrics along straight lines through weight space, and the barrier on one."""
 
-A direction is a pytree like the parameters: an eigenvector, a random one, a difference of points.
-"""
-
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +11,11 @@ from jax.sharding import Mesh, NamedSharding
 from geojax import batches as batches_
 from geojax import progress as progress_
 from geojax import tree
+from geojax.surface.directions import check_direction, is_none
 
-__all__ = [
-    "Barrier",
-    "Line",
-    "Scope",
-    "along",
-    "barrier",
-    "filter_normalize",
-    "line",
-    "random_direction",
-]
+__all__ = ["Barrier", "Line", "along", "barrier", "line"]
 
 PyTree = Any
-Scope = Literal["filter", "leaf", "layer", "network"]
 
 
 class Line(NamedTuple):
@@ -203,7 +190,7 @@ def along(
     """
     distances = _positions("along", "distances", distances)
     tree.check_floating(params, "params")
-    _check_direction("along", direction, params)
+    check_direction("along", direction, params)
     length = float(tree.norm(direction))
     if not (np.isfinite(length) and length > 0):
         raise ValueError(f"along: the length of the direction is {length}; expected one to follow.")
@@ -221,12 +208,8 @@ def along(
 @jax.jit
 def _moved(params: PyTree, direction: PyTree, a: Any) -> PyTree:
     return jax.tree.map(
-        lambda d, p: p if d is None else tree.axpy(a, d, p), direction, params, is_leaf=_is_none
+        lambda d, p: p if d is None else tree.axpy(a, d, p), direction, params, is_leaf=is_none
     )
-
-
-def _is_none(x: Any) -> bool:
-    return x is None
 
 
 def _positions(what: str, name: str, given: Any) -> np.ndarray:
@@ -236,17 +219,6 @@ def _positions(what: str, name: str, given: Any) -> np.ndarray:
             f"{what}: {name} have shape {out.shape}; expected (n,), at least one position."
         )
     return out
-
-
-def _check_direction(what: str, direction: PyTree, params: PyTree) -> None:
-    """Raise unless a direction is like the parameters, where it is not None."""
-    tree.check_floating(direction, f"{what}: the direction")
-    whole = jax.tree.structure(params)
-    if jax.tree.structure(direction, is_leaf=_is_none) == whole:
-        params = jax.tree.map(
-            lambda d, p: None if d is None else p, direction, params, is_leaf=_is_none
-        )
-    tree.check_same(params, direction, names=("params", "the direction"), dtype=False)
 
 
 def _walk(what, at, positions, averaged, state_fn, progress) -> dict[str, np.ndarray]:
@@ -264,149 +236,3 @@ def _walk(what, at, positions, averaged, state_fn, progress) -> dict[str, np.nda
     if not isinstance(fetched[0], dict) or any(np.ndim(x) for x in fetched[0].values()):
         raise TypeError(f"{what}: metrics_fn must return a dict of scalars.")
     return {name: np.array([row[name] for row in fetched], np.float64) for name in fetched[0]}
-
-
-def filter_normalize(
-    direction: PyTree,
-    params: PyTree,
-    *,
-    scope: Scope = "filter",
-    vectors: Literal["zero", "scale"] = "zero",
-    filter_axis: int = -1,
-) -> PyTree:
-    r"""A direction on the scale of the weights: each group as long as the weights it would move.
-
-    :math:`d_g \leftarrow \|\theta_g\|\, d_g / \|d_g\|` for each group g. A network whose layers are
-    followed by normalisation, or by rectifiers that the next layer can undo, computes the same when
-    a filter is scaled; without this, the same step is long for small filters and short for large
-    ones, and sharpness along random directions says little.
-
-    It differs from the original code in that nothing is added to the norms they are divided by (a
-    group whose direction is zero stays zero), in the axis of the filters (flax keeps outputs last,
-    PyTorch first), and in that vectors that are kept are scaled rather than replaced by the weights
-    themselves. Its scope 'layer' is 'leaf' here.
-
-    Args:
-        direction: A pytree like `params`; leaves may be None.
-        params: The point it starts from.
-        scope: What a group is. 'filter': the weights into one unit or channel, a slice of a leaf
-            along `filter_axis`; 'leaf': a whole array; 'layer': the leaves whose paths differ in
-            the last key alone, as kernel and bias; 'network': all together.
-        vectors: What happens to biases and normalisation parameters, the leaves of fewer than two
-            axes: 'zero' leaves them where they are and out of the groups' norms; 'scale' makes each
-            as long as its weights (or joins it to its group, for 'layer' and 'network').
-        filter_axis: The axis over the outputs: -1 for flax kernels, 0 for weights from PyTorch.
-
-    Returns:
-        The direction, in its own dtypes. Pure: it works under `jit` and `vmap`.
-
-    Raises:
-        ValueError: If structures or shapes differ, naming the leaf; for an unknown option.
-        TypeError: If a leaf is not floating.
-
-    Example:
-        >>> params = {"kernel": jnp.array([[3.0, 0.0], [4.0, 1.0]]), "bias": jnp.ones(2)}
-        >>> direction = {"kernel": jnp.array([[1.0, 2.0], [0.0, 0.0]]), "bias": jnp.ones(2)}
-        >>> out = filter_normalize(direction, params)
-        >>> out["kernel"].tolist(), out["bias"].tolist()
-        ([[5.0, 1.0], [0.0, 0.0]], [0.0, 0.0])
-
-    Reference:
-        Li, Xu, Taylor, Studer and Goldstein, Visualizing the Loss Landscape of Neural Nets, 2018,
-        section 4.
-    """
-    if scope not in get_args(Scope):
-        raise ValueError(f"scope is {scope!r}; expected one of {', '.join(get_args(Scope))}.")
-    if vectors not in ("zero", "scale"):
-        raise ValueError(f"vectors is {vectors!r}; expected 'zero' or 'scale'.")
-    _check_direction("filter_normalize", direction, params)
-    if scope == "filter":
-        for path, leaf in zip(tree.paths(direction), jax.tree.leaves(direction), strict=True):
-            if jnp.ndim(leaf) > 1 and not -jnp.ndim(leaf) <= filter_axis < jnp.ndim(leaf):
-                raise ValueError(
-                    f"filter_axis is {filter_axis}, and leaf {path} has {jnp.ndim(leaf)} axes."
-                )
-    return _normalized(direction, params, scope, vectors, filter_axis)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _normalized(direction, params, scope, vectors, filter_axis):
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(direction)
-    kept = jax.tree.map(lambda d, p: None if d is None else p, direction, params, is_leaf=_is_none)
-    groups: dict[Any, list] = {}
-    out: list[Any] = [None] * len(leaves)
-    for i, ((path, d), p) in enumerate(zip(leaves, jax.tree.leaves(kept), strict=True)):
-        d, p = jnp.asarray(d), jnp.asarray(p)
-        if d.ndim < 2 and vectors == "zero":
-            out[i] = jnp.zeros_like(d)
-        elif scope == "filter" and d.ndim >= 2:
-            axes = tuple(a for a in range(d.ndim) if a != filter_axis % d.ndim)
-            out[i] = _resized(d, _norm_over(d, axes), _norm_over(p, axes))
-        else:
-            group = {"layer": path[:-1] or path, "network": ()}.get(scope, path)
-            groups.setdefault(group, []).append((i, d, p))
-    for members in groups.values():
-        now, wanted = tree.norm([d for _, d, _ in members]), tree.norm([p for *_, p in members])
-        for i, d, _ in members:
-            out[i] = _resized(d, now, wanted)
-    return jax.tree.unflatten(treedef, out)
-
-
-def _norm_over(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """Norms over some axes, which are kept; of scaled entries, so that no square vanishes."""
-    x = x.astype(tree.accumulation_dtype(x))
-    largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
-    unit = jnp.where(largest > 0, largest, jnp.ones_like(largest))
-    return unit * jnp.sqrt(jnp.sum(jnp.square(x / unit), axis=axes, keepdims=True))
-
-
-def _resized(d: jax.Array, now: jax.Array, wanted: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(now.dtype, wanted.dtype)
-    safe = jnp.where(now > 0, now, jnp.ones_like(now)).astype(dtype)
-    return (d.astype(dtype) / safe * wanted.astype(dtype)).astype(d.dtype)
-
-
-def random_direction(
-    key: jax.Array,
-    params: PyTree,
-    *,
-    scope: Scope | None = "filter",
-    vectors: Literal["zero", "scale"] = "zero",
-    filter_axis: int = -1,
-) -> PyTree:
-    """A random direction to walk in, on the scale of the weights or of unit length.
-
-    Args:
-        key: A typed key. The numbers depend on it and on the leaves' paths, not on the sharding.
-        params: The point it starts from.
-        scope: As for `filter_normalize`; None for a uniformly random direction of length 1, to
-            compare with an eigenvector.
-        vectors: As for `filter_normalize`; without a scope all leaves take part.
-        filter_axis: As for `filter_normalize`.
-
-    Returns:
-        A pytree like `params`.
-
-    Raises:
-        TypeError: If a leaf is not floating, naming it.
-        ValueError: For an unknown option.
-
-    Example:
-        >>> direction = random_direction(jax.random.key(0), {"w": jnp.ones((3, 2))}, scope=None)
-        >>> round(float(tree.norm(direction)), 6)
-        1.0
-    """
-    direction = tree.random_like(key, params)
-    if scope is None:
-        return _unit(direction)
-    return filter_normalize(
-        direction, params, scope=scope, vectors=vectors, filter_axis=filter_axis
-    )
-
-
-@jax.jit
-def _unit(direction: PyTree) -> PyTree:
-    length = tree.norm(direction)
-    return jax.tree.map(
-        lambda d: _resized(d, length, jnp.ones_like(length)) if d.size else d, direction
-    )
