@@ -33,6 +33,10 @@ PyTree = Any
 Key = tuple[str, tuple[int, ...]]
 # Above this many leading slices a copy in one piece beats a loop of products.
 _MAX_SLICES = 32
+# Assignments of so many units, whose neighbours have changed by no more than this, start from the
+# last duals; else a solve from nothing is faster.
+_MIN_WARM = 256
+_MAX_DRIFT = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Term:
     @property
     def bound(self) -> float:
         """No permutation gives more (Cauchy-Schwarz)."""
-        return float(np.linalg.norm(self.a) * np.linalg.norm(self.b))
+        return float(np.sqrt(inner(self.a, self.a)) * np.sqrt(inner(self.b, self.b)))
 
 
 class Problem:
@@ -112,6 +116,10 @@ class Problem:
         self.bound = constant + sum(term.bound for term in self.terms)
         self.version = dict.fromkeys(self.parents, 0)
         self.num_solves = 0
+        # How many units of each group have changed partner, in all and as shares; and for each
+        # group where that stood when it was last solved, with the duals of that solution.
+        self._drift = dict.fromkeys(self.parents, 0.0)
+        self._duals: dict[Key, tuple[float, assignment.WarmStart | None]] = {}
         self._scores: dict[tuple[int, int], tuple[Any, np.ndarray]] = {}
 
     # ------------------------------------------------------------------ states
@@ -130,10 +138,11 @@ class Problem:
         held = {key for root in self.roots for key in (root, *self.family[root])}
         return {key: None if key in held else x for key, x in self.identity().items()}
 
-    def touch(self, keys: Iterable[Key]) -> None:
-        """Say that these groups have changed, so that scores from before are stale."""
+    def touch(self, keys: Iterable[Key], share: float = 1.0) -> None:
+        """Say that these groups have changed, by this share, so that their scores are stale."""
         for key in keys:
             self.version[key] += 1
+            self._drift[key] += share
 
     def repeated(self, root: Key) -> bool:
         """Whether some leaf has the group on two axes, so that its scores depend on itself."""
@@ -237,14 +246,27 @@ class Problem:
         """The best permutation of a group without dependents, given all others; and its scores."""
         even, odd = self.scores(key, state)
         total = even if odd is None else even + np.abs(odd)
-        entry = state[key]
-        previous = entry.order if warm and isinstance(entry, Hard) else None
         self.num_solves += 1
-        order = assignment.solve(total, previous=previous).columns
+        order = self._assigned(key, total, state[key]) if warm else assignment.solve(total).columns
         sign = None
         if odd is not None:
             sign = np.where(odd[np.arange(len(order)), order] < 0, -1, 1).astype(odd.dtype)
         return Hard(order, sign), total
+
+    def _assigned(self, key: Key, scores: np.ndarray, entry: Any) -> np.ndarray:
+        """The assignment of a group; from its last duals where little has changed since."""
+        previous = entry.order if isinstance(entry, Hard) else None
+        n, m = scores.shape
+        drift = sum(self._drift[k] for k in self.neighbors(key))
+        at, duals = self._duals.get(key, (-np.inf, None))
+        if n != m or n < _MIN_WARM or drift - at > _MAX_DRIFT:
+            self._duals[key] = (drift, None)
+            return assignment.solve(scores, previous=previous).columns
+        found, duals = assignment.resolve(
+            scores, duals if duals is not None else assignment.start(n)
+        )
+        self._duals[key] = (drift, duals)
+        return found.columns
 
     def gain(self, key: Key, state: State, new: Hard) -> float:
         """By how much the objective rises in float64 when one group without dependents changes."""

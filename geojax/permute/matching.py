@@ -474,8 +474,9 @@ def _coordinate_descent(
             seen[root] = stamp
             change, gain = _improvement(problem, root, state)
             if gain > slack:
+                share = _share(state, change)
                 state |= change
-                problem.touch(change)
+                problem.touch(change, share)
                 # A group that stands twice in one leaf sees itself change.
                 seen[root] = _stamp(problem, root)
                 if problem.repeated(root):
@@ -491,6 +492,15 @@ def _coordinate_descent(
             raise _Stopped(run) from None
     # The sum of the gains has its own rounding; what is returned is measured anew.
     return _Run(state, problem.value(state), not accepted, history, sweep)
+
+
+def _share(state: State, change: Mapping[Key, Hard]) -> float:
+    """The largest share of a group's units that a change gives another partner."""
+    found = []
+    for key, new in change.items():
+        old = state[key]
+        found.append(float((old.order != new.order).mean()) if isinstance(old, Hard) else 1.0)
+    return max(found)
 
 
 def _stamp(problem: Problem, root: Key) -> tuple[int, ...]:
@@ -530,24 +540,44 @@ def _progressive(problem: Problem, state: State) -> State:
     """Fix one unknown group after the other, the most significant assignment first."""
     state = dict(state)
     problem.touch(state)
-    found: dict[Key, tuple[tuple[int, ...], float, Hard]] = {}
     waiting = [key for key in problem.plain if state[key] is None]
+    # Per group, for the scores as they are: what its significance cannot exceed, and what it is.
+    limits: dict[Key, tuple[tuple[int, ...], float]] = {}
+    exact: dict[Key, tuple[tuple[int, ...], float, Hard]] = {}
     while waiting:
+        stamps = {key: _stamp(problem, key) for key in waiting}
         for key in waiting:
-            stamp = _stamp(problem, key)
-            if key not in found or found[key][0] != stamp:
+            if key not in limits or limits[key][0] != stamps[key]:
+                limits[key] = (stamps[key], _largest_significance(problem, key, state))
+        best, chosen = -np.inf, waiting[0]
+        # An assignment is dear, above all for scores full of noise: only those that may win.
+        for key in sorted(waiting, key=lambda k: -limits[k][1]):
+            if limits[key][1] < best:
+                break
+            if key not in exact or exact[key][0] != stamps[key]:
                 new, scores = problem.solve(key, state)
-                found[key] = (stamp, _significance(scores, new.order), new)
-        key = max(waiting, key=lambda k: found[k][1])
-        state[key] = found[key][2]
-        problem.touch([key])
-        waiting.remove(key)
+                exact[key] = (stamps[key], _significance(scores, new.order), new)
+            if exact[key][1] > best:
+                best, chosen = exact[key][1], key
+        if best == -np.inf:  # scores without any difference: whatever the assignment is
+            new, _ = problem.solve(chosen, state)
+            exact[chosen] = (stamps[chosen], best, new)
+        state[chosen] = exact[chosen][2]
+        problem.touch([chosen])
+        waiting.remove(chosen)
     for root in problem.roots:
         if state[root] is None:
             change = problem.solve_family(root, state)
             state |= change
             problem.touch(change)
     return state
+
+
+def _largest_significance(problem: Problem, key: Key, state: State) -> float:
+    """The significance that each row's own best partner would give, which no assignment exceeds."""
+    even, odd = problem.scores(key, state)
+    scores = even if odd is None else even + np.abs(odd)
+    return _significance(scores, scores.argmax(1))
 
 
 def _significance(scores: np.ndarray, order: np.ndarray) -> float:
