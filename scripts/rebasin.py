@@ -13,6 +13,7 @@ network, and all numbers as JSON. Finished parts are kept: the same command goes
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -93,6 +94,15 @@ def label(options: Options, i: int) -> str:
 
 def variables(network: Any) -> dict[str, Any]:
     return {"params": network.params, "state": {} if network.state is None else network.state}
+
+
+def digest(networks: list[checkpoint.Network]) -> str:
+    """Which weights these are: lines measured on others at the same paths are not these."""
+    found = hashlib.sha256()
+    for network in networks:
+        for leaf in jax.tree.leaves(variables(network)):
+            found.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return found.hexdigest()[:16]
 
 
 def derive(model: Any, first: dict[str, Any], inputs: Any, seed: int) -> symmetry.PermutationSpec:
@@ -253,7 +263,8 @@ def main(options: Options) -> None:
     if name is None:
         sys.exit("rebasin: the first network does not say what it was trained on; give --dataset.")
     data = datasets.load(name, options.data_dir)
-    report.claim(options.out, dataclasses.asdict(options), may_differ=("data_dir", "out"))
+    claimed = dataclasses.asdict(options) | {"weights": digest(networks)}
+    report.claim(options.out, claimed, may_differ=("data_dir", "out"))
     parts = {
         part: batches.split(
             jax.tree.map(lambda x: x[: options.num_examples], getattr(data, part)),

@@ -119,14 +119,14 @@ def main(options: Options) -> None:
     if "num_classes" in models.options(options.model):
         chosen = {"num_classes": data.num_classes or data.train.labels.shape[-1]} | chosen
     model = models.build(options.model, **chosen)
-    # Where the data and the results lie does not change the run.
-    report.claim(
-        options.out, dataclasses.asdict(options), may_differ=("data_dir", "out", "download")
-    )
-
     key_init, key_order, key_run = jax.random.split(jax.random.key(options.seed), 3)
     params, state = model.init(key_init, clean.train.inputs[:1])
     order = batches.split(data.train, options.batch_size, key=key_order, drop_remainder=True)
+    # A folder is claimed once the options are known to be good; where the data and the results lie
+    # does not change the run.
+    report.claim(
+        options.out, dataclasses.asdict(options), may_differ=("data_dir", "out", "download")
+    )
     num_steps = options.epochs * len(order)
     print(
         f"geojax {geojax.__version__}, jax {jax.__version__}, {jax.devices()[0].device_kind}; "

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -125,6 +126,19 @@ def test_a_second_call_measures_nothing_anew(rebasin, networks, tmp_path, monkey
     monkeypatch.setattr(permute, "barrier", forbidden)
     rebasin.main(options)
     assert rows(tmp_path / "a")[0]["lines"] == first["lines"]
+
+
+def test_other_weights_at_the_same_path_are_no_second_call(rebasin, networks, tmp_path):
+    moving = tmp_path / "b"
+    shutil.copytree(networks[1], moving)
+    options = rebasin.Options(
+        networks=(networks[0], moving), num_points=3, num_examples=100, out=tmp_path / "out"
+    )
+    rebasin.main(options)
+    shutil.rmtree(moving)
+    shutil.copytree(networks[2], moving)
+    with pytest.raises(ValueError, match="weights is"):
+        rebasin.main(options)
 
 
 def test_one_network_or_two_models_are_refused_in_a_sentence(rebasin, networks, tmp_path):
