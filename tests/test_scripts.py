@@ -201,15 +201,20 @@ def test_the_tour_writes_a_page_with_its_figures_and_their_data(tmp_path):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         tour.main(tour.Options(out=tmp_path))
     page = (tmp_path / "report.html").read_text()
-    for name in ("training", "line", "normalisation", "density", "eigenvector"):
+    figures = ("training", "line", "alignment", "normalisation", "density", "eigenvector")
+    for name in figures:
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert f"{name}.npz" in page
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == len(figures)
     assert "http://" not in page
     assert "https://" not in page
     line = np.load(tmp_path / "line.npz")
     assert line["train_loss"].max() > 0.4  # the segment of two digits networks has a barrier
     assert line["test_error"][[0, -1]].max() < 0.04
+    # Most of that hill was the order of the units.
+    aligned = np.load(tmp_path / "alignment.npz")
+    np.testing.assert_allclose(aligned["train_before_loss"], line["train_loss"], atol=1e-4)
+    assert aligned["train_after_loss"].max() < 0.3 * line["train_loss"].max()
     # Ten classes: about nine outliers, and eigenvalues whose error is far below their size.
     spectrum = np.load(tmp_path / "density.npz")
     assert (np.diff(spectrum["eigenvalues"]) < 0).all()
