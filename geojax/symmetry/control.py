@@ -44,6 +44,24 @@ def bodies(eqn: Any) -> list[Any]:
     return []
 
 
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many operands of a scan are constants of its body, and how many are carried.
+
+    Read off the shapes: what is scanned over or stacked has one axis more outside the body. The
+    parameters that said so have other names from one version of jax to the next.
+    """
+    (body,) = bodies(eqn)
+    inside = getattr(body, "jaxpr", body)
+
+    def alike(outer: Any, inner: Any) -> int:
+        return sum(
+            len(x.aval.shape) == len(y.aval.shape) for x, y in zip(outer, inner, strict=True)
+        )
+
+    carried = alike(eqn.outvars, inside.outvars)
+    return alike(eqn.invars, inside.invars) - carried, carried
+
+
 class Liveness:
     """Which equations of a jaxpr, and which of its inputs, its used outputs depend on."""
 
@@ -126,7 +144,7 @@ def _while(walk: Any, eqn: Any, operands: list[Value]) -> list[Value]:
 
 
 def _scan(walk: Any, eqn: Any, operands: list[Value]) -> list[Value]:
-    consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carried = scan_counts(eqn)
     length = eqn.params["length"]
     (body,) = bodies(eqn)
     carry = _moving(operands[consts : consts + carried], operands)

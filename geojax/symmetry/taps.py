@@ -108,7 +108,7 @@ def _scan(
     wanted: set[tuple[Path, int]],
     found: dict[tuple[Path, int], Any],
 ) -> list[Any]:
-    consts, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carried = control.scan_counts(eqn)
     carry = list(given[consts : consts + carried])
     steps: list[Mapping[tuple[Path, int], Any]] = []
     stacked: list[list[Any]] = []
