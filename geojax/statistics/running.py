@@ -219,6 +219,7 @@ class _Moments(NamedTuple):
 
 
 def first_input(batch: PyTree) -> PyTree:
+    """The model's inputs in a batch: the first of a tuple, the entry "inputs", or the batch."""
     if isinstance(batch, (tuple, list)):
         return batch[0]
     return batch["inputs"] if isinstance(batch, dict) and "inputs" in batch else batch

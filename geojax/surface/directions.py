@@ -15,6 +15,7 @@ Scope = Literal["filter", "leaf", "layer", "network"]
 
 
 def is_none(x: Any) -> bool:
+    """Whether a place in a direction is left out."""
     return x is None
 
 
