@@ -262,16 +262,15 @@ def speed(basis: Basis, control_points: PyTree, num_steps: int = 1000) -> Speed:
         A `Speed`.
     """
     check_basis(basis, control_points)
-    gram = gram_of_differences(control_points)
+    inner = gram_of_differences(control_points)
     ts = np.linspace(0, 1, num_steps + 1)
     at = np.asarray(coefficients(basis, ts.astype(np.float32)), np.float64)
-    steps = np.diff(at, axis=0)
-    squares = np.einsum("mi,ij,mj->m", steps[:, 1:], gram, steps[:, 1:])
-    return Speed(ts, np.concatenate([[0.0], np.cumsum(np.sqrt(np.maximum(squares, 0)))]))
+    return Speed(ts, chord_lengths(inner, at))
 
 
 @jax.jit
-def _gram(control_points: PyTree) -> jax.Array:
+def gram(control_points: PyTree) -> jax.Array:
+    """Inner products of w_i - w_0, `(n - 1, n - 1)`, under `jit`; see `gram_of_differences`."""
     num = tree.num_points(control_points)
     one = jnp.eye(num)
     # Relative to the first point: coefficients of a difference sum to zero.
@@ -282,7 +281,19 @@ def _gram(control_points: PyTree) -> jax.Array:
 
 def gram_of_differences(control_points: PyTree) -> np.ndarray:
     """Inner products of w_i - w_0, `(n - 1, n - 1)` in float64, from float32 sums or better."""
-    return np.asarray(_gram(control_points), np.float64)
+    return np.asarray(gram(control_points), np.float64)
+
+
+def chord_lengths(inner: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The length of the polygon through points with these coefficients, up to each: `(m,)`.
+
+    Args:
+        inner: From `gram_of_differences`.
+        weights: `(m, n)` coefficients.
+    """
+    steps = np.diff(np.asarray(weights, np.float64), axis=0)[:, 1:]
+    squares = np.einsum("mi,ij,mj->m", steps, inner, steps)
+    return np.concatenate([[0.0], np.cumsum(np.sqrt(np.maximum(squares, 0)))])
 
 
 def length(basis: Basis, control_points: PyTree, num_steps: int = 1000) -> float:

@@ -11,7 +11,13 @@ from jax.sharding import Mesh, NamedSharding
 from geojax import batches as batches_
 from geojax import progress as bars
 from geojax import surface, tree
-from geojax.curves.bases import Basis, check_basis, coefficients, gram_of_differences
+from geojax.curves.bases import (
+    Basis,
+    check_basis,
+    chord_lengths,
+    coefficients,
+    gram_of_differences,
+)
 
 __all__ = ["CurveEvaluation", "MetricOnCurve", "evaluate", "summarize"]
 
@@ -141,7 +147,7 @@ def evaluate(
     Reference:
         Garipov et al., 2018, section 4: minimum, maximum, mean over t, integral over length.
     """
-    num = check_basis(basis, control_points)
+    check_basis(basis, control_points)
     if isinstance(ts, (int, np.integer)):
         if ts < 2:
             raise ValueError(f"ts is {ts}; expected at least 2 positions.")
@@ -161,12 +167,9 @@ def evaluate(
                 jax.block_until_ready(rows[i - 1])
             update(i + 1)
     rows = jax.device_get(rows)
-    steps = np.diff(np.asarray(weights, np.float64), axis=0)
-    gram = gram_of_differences(control_points)
-    squares = np.einsum("mi,ij,mj->m", steps[:, 1:], gram, steps[:, 1:])
-    lengths = np.concatenate([[0.0], np.cumsum(np.sqrt(np.maximum(squares, 0)))])
-    across = np.asarray(weights[-1] - weights[0], np.float64)[1:]
-    chord = float(np.sqrt(max(across @ gram @ across, 0.0))) if num > 1 else 0.0
+    inner = gram_of_differences(control_points)
+    lengths = chord_lengths(inner, weights)
+    chord = float(chord_lengths(inner, weights[np.array([0, -1])])[-1])
     return CurveEvaluation(
         ts,
         {

@@ -16,7 +16,7 @@ import numpy as np
 
 from geojax import fit as fit_
 from geojax import tree
-from geojax.curves.bases import Basis, check_basis, coefficients
+from geojax.curves.bases import Basis, check_basis, coefficients, gram
 
 __all__ = ["CurveFit", "Sampler", "fit", "sample_ts"]
 
@@ -97,13 +97,9 @@ def sample_ts(
 
 
 def _lengths(steps: jax.Array, control_points: PyTree) -> jax.Array:
-    num = tree.num_points(control_points)
-    one = jnp.eye(num)
-    moved = [tree.combine(control_points, one[i] - one[0]) for i in range(1, num)]
-    gram = jnp.stack([jnp.stack([tree.vdot(a, b) for b in moved]) for a in moved])
-    gram = gram.astype(jnp.float32)
+    inner = gram(control_points).astype(jnp.float32)
     squares = jnp.einsum(
-        "mi,ij,mj->m", steps[:, 1:], gram, steps[:, 1:], precision=jax.lax.Precision.HIGHEST
+        "mi,ij,mj->m", steps[:, 1:], inner, steps[:, 1:], precision=jax.lax.Precision.HIGHEST
     )
     return jnp.sqrt(jnp.maximum(squares, 0))
 

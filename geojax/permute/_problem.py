@@ -207,7 +207,6 @@ class Problem:
         """d<a, pi(b)> / d(matrix of the group at one axis), with all else at `state`."""
         term = self.terms[t]
         others = [k for x, k in enumerate(term.keys) if k is not None and x != axis]
-        # (A family's own scores come with its dependents held out, and are asked for once.)
         stamp = tuple(self.version[k] for k in others)
         cached = self._scores.get((t, axis))
         if cached is not None and cached[0] == stamp:
