@@ -96,7 +96,8 @@ def test_thirty_pairs_at_the_defaults_are_thirty_different_ones(bulk):
 
 
 def test_all_copies_of_a_five_fold_eigenvalue_are_found():
-    for seed in range(6):
+    # With fewer products for the search the last two miss a copy.
+    for seed in (*range(16), 43, 56):
         small = np.random.default_rng(seed).uniform(-0.5, 0.5, N - 9)
         values = np.concatenate([[5] * 5, [4, 3, 2, 1], small])
         pairs = krylov.eigsh(diagonal(values), 5, key=jax.random.key(seed))
