@@ -12,7 +12,7 @@ MODULES = [
     "tree", "batches", "fit", "statistics", "surface", "objectives", "models", "datasets",
     "datasets.augment", "checkpoint", "plot", "report", "progress", "krylov", "hessian",
     "hessian.output_losses", "symmetry", "permute", "assignment",
-    "curves", "ensemble",
+    "curves", "simplex", "ensemble",
 ]  # fmt: skip
 
 

@@ -221,6 +221,16 @@ def takes_key(loss_fn: Callable) -> bool:
     return len(required) == 3 or "key" in names[2:3]
 
 
+def _takes_step(regularizer: Callable) -> bool:
+    """Whether a regularizer is called as (params, step)."""
+    try:
+        parameters = inspect.signature(regularizer).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return len([p for p in parameters if p.kind in kinds and p.default is p.empty]) == 2
+
+
 def _frozen_masks(frozen: Any, params: PyTree) -> PyTree | None:
     """A boolean array for every leaf of `params`, True where it must not move."""
     if frozen is None:
@@ -339,11 +349,14 @@ def _make_parts(loss_fn, optimizer, has_metrics, regularizer, transform, frozen)
         )
         return {"loss": loss, "metrics": metrics, "grads": grads}
 
-    def penalty(params):
-        parts = regularizer(params)
+    with_step = regularizer is not None and _takes_step(regularizer)
+
+    def penalty(params, step):
+        parts = regularizer(params, step) if with_step else regularizer(params)
+        parts, measured = parts if isinstance(parts, tuple) else (parts, {})
         parts = parts if isinstance(parts, dict) else {"regularizer": parts}
         parts = {name: jnp.asarray(part).astype(jnp.float32) for name, part in parts.items()}
-        return sum(parts.values(), start=jnp.zeros((), jnp.float32)), parts
+        return sum(parts.values(), start=jnp.zeros((), jnp.float32)), parts | measured
 
     def update(state: FitState, means: PyTree) -> tuple[FitState, dict[str, jax.Array]]:
         params = state.params
@@ -352,7 +365,9 @@ def _make_parts(loss_fn, optimizer, has_metrics, regularizer, transform, frozen)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), means["grads"], params)
         metrics = {"loss": loss} | means["metrics"]
         if regularizer is not None:
-            (total, parts), extra = jax.value_and_grad(penalty, has_aux=True)(params)
+            (total, parts), extra = jax.value_and_grad(penalty, has_aux=True)(
+                params, state.step
+            )
             grads = jax.tree.map(jnp.add, grads, extra)
             metrics = {"loss": loss + total, "data_loss": loss} | parts | means["metrics"]
         grads = _keep(masks, jax.tree.map(jnp.zeros_like, grads), grads)
@@ -369,7 +384,7 @@ def make_step(
     optimizer: Any,
     *,
     has_metrics: bool = False,
-    regularizer: Callable[[PyTree], Any] | None = None,
+    regularizer: Callable[..., Any] | None = None,
     transform: Callable[[jax.Array, PyTree], PyTree] | None = None,
     frozen: Any = None,
 ) -> Callable[[FitState, PyTree], tuple[FitState, dict[str, jax.Array]]]:
@@ -399,7 +414,7 @@ def fit(
     *,
     key: jax.Array,
     has_metrics: bool = False,
-    regularizer: Callable[[PyTree], Any] | None = None,
+    regularizer: Callable[..., Any] | None = None,
     transform: Callable[[jax.Array, PyTree], PyTree] | None = None,
     frozen: Any = None,
     accumulate: int = 1,
@@ -428,7 +443,8 @@ def fit(
         key: A typed key for dropout and augmentation; step s uses `fold_in(key, s)`.
         has_metrics: Whether `loss_fn` returns metrics as well.
         regularizer: `params -> scalar` or dict of named scalars, added to the loss once per step
-            and logged apart from it.
+            and logged apart from it; or `(params, step)` to the same. A pair of such a dict and a
+            dict of measurements logs the latter as well, without adding them.
         transform: `(key, batch) -> batch`, such as an augmentation; compiled into the step.
         frozen: What must stay as it is, bit for bit, also under momentum and weight decay: booleans
             in the structure of `params` or its top levels, boolean arrays for leading axes (rows,

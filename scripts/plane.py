@@ -185,17 +185,6 @@ def rows_of(options: Options, subject: Subject, frame, metrics_fn, state_fn, par
     return [{"point": name} | row for name, row in zip(subject.points, rows, strict=True)]
 
 
-def draw(plane: surface.Plane, metric: str, **look: Any) -> tuple[bytes, str]:
-    """The contours, and what to say of the scales of the axes."""
-    width, height = np.ptp(plane.coordinates, axis=(0, 1))
-    if height > 0.4 * width:
-        return plot.png(plot.plane(plane, metric, **look)), ""
-    # A curve close to its chord: on one scale there would be nothing to see.
-    figure = plot.plane(plane, metric, size=(4.4, 3.4), **look)
-    figure.axes[0].set_aspect("auto")
-    return plot.png(figure), " The axes differ in scale: the plane is flatter than it looks."
-
-
 def main(options: Options) -> None:
     start = time.perf_counter()
     subject = load(options)
@@ -289,13 +278,13 @@ def main(options: Options) -> None:
         metric = options.metric if part == "train" else "error"
         metric = metric if metric in plane.values else "loss"
         unit = " (nats)" if metric == "loss" and task == "classification" else ""
-        image, stretched = draw(
+        image = plot.png(plot.plane(
             plane, metric, marks=marks, path=path, percent=metric == "error",
             top=options.top if part == "train" else None, label=f"{part} {metric}{unit}",
-        )  # fmt: skip
+        ))  # fmt: skip
         page.figure(
             f"{part}-{metric}", image,
-            f"The {metric} on the {'training' if part == 'train' else 'test'} part.{stretched}",
+            f"The {metric} on the {'training' if part == 'train' else 'test'} part.",
             arrays | {"coordinates": plane.coordinates} | plane.values,
         )  # fmt: skip
     numbers = {"facts": facts, "points": rows, "plane": extremes, "box": frame.box}

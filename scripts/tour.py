@@ -14,9 +14,10 @@ import optax
 import tyro
 
 import geojax
-from geojax import batches, checkpoint, datasets, fit, hessian, krylov, models, objectives, plot
+from geojax import batches, checkpoint, curves, datasets, ensemble, fit, hessian, krylov, models
 
-from geojax import permute, report, statistics, surface, symmetry, tree  # isort: skip
+from geojax import objectives, permute, plot, report, simplex  # isort: skip
+from geojax import statistics, surface, symmetry, tree  # isort: skip
 
 BATCH_SIZE, EPOCHS, RATE, DECAY = 128, 100, 0.05, 5e-4
 
@@ -219,8 +220,212 @@ def alignment(page, data, model, trained):
     )
 
 
+def bezier(page, data, model, trained):
+    """Chapter 4: a curve of low loss between the two, and the plane that it lies in."""
+    basis = curves.bezier(3)
+    source = batches.split(data.train, BATCH_SIZE, key=jax.random.key(5), drop_remainder=True)
+    num_steps = EPOCHS * len(source)
+    found = curves.fit(
+        objectives.loss(model.apply, {}), basis, curves.initialize(basis, *trained), source,
+        optax.sgd(fit.three_phase(0.03, num_steps), momentum=0.9), num_steps,
+        key=jax.random.key(6), weight_decay=DECAY,
+    )  # fmt: skip
+    metrics_fn = objectives.metrics(model.apply, {})
+    parts = {"train": data.train, "test": data.test}
+    paths = {
+        "segment": (curves.segment(), tree.stack(trained)),
+        "Bezier curve": (basis, found.control_points),
+    }
+    along = {
+        (name, part): curves.evaluate(metrics_fn, *path, source, 31)
+        for name, path in paths.items()
+        for part, source in parts.items()
+    }
+    rows = [
+        {
+            "path": f"{name}, {part}",
+            "highest loss": f"{x.metrics['loss'].highest:.4f}",
+            "mean loss over its length": f"{x.metrics['loss'].integral:.4f}",
+            "highest error": f"{x.metrics['error'].highest:.2%}",
+            "length": f"{x.length:.2f}",
+        }
+        for (name, part), x in along.items()
+    ]
+    page.chapter(
+        "A curve of low loss",
+        "A Bezier curve with one control point between the networks, which stay as they are to the "
+        f"bit: {num_steps} steps on points drawn along it bend it around the hill of the straight "
+        "line.",
+    )
+    page.table(rows)
+    print(f"\nA curve of low loss\n{report.text_table(rows)}")
+    panels = [
+        {
+            "x": "position t on the path",
+            "y": f"{part} loss (nats)",
+            "legend": "above",
+            "lines": {
+                name: (x.ts, x.metrics["loss"].values)
+                for (name, p), x in along.items()
+                if p == part
+            },
+        }
+        for part in parts
+    ]
+    page.figure(
+        "curve",
+        plot.png(plot.curves(panels)),
+        "Loss on the straight segment and on the Bezier curve, on training digits (left) and test "
+        "digits (right).",
+        {"t": along["segment", "train"].ts}
+        | {
+            f"{name.split()[0].lower()}_{part}_loss": x.metrics["loss"].values
+            for (name, part), x in along.items()
+        },
+    )
+    ends, bend = trained, tree.unstack(found.control_points)[1]
+    frame = surface.frame([ends[0], ends[1], bend])
+    plane = surface.plane(metrics_fn, frame, data.train, num=21, margin=0.25)
+    line = frame.project(curves.points(basis, found.control_points, np.linspace(0, 1, 41)))
+    figure = plot.plane(
+        plane, "loss", marks=("network 0", "network 1", "control point"), path={"curve": line},
+        label="training loss (nats)",
+    )  # fmt: skip
+    page.figure(
+        "plane",
+        plot.png(figure),
+        "Training loss on the plane through both networks and the control point, in distances in "
+        "weight space; the axes differ in scale. The curve bends towards its control point without "
+        "reaching it.",
+        {"coordinates": plane.coordinates, "loss": plane.values["loss"],
+         "curve": line.coordinates},
+    )  # fmt: skip
+
+
+def fast_ensemble(page, data, model, trained, seed):
+    """Chapter 5: an ensemble out of the last fifth of one training run."""
+    source = batches.split(data.train, BATCH_SIZE, key=jax.random.key(7), drop_remainder=True)
+    loss_fn = objectives.loss(model.apply, {})
+    num_steps, begin = EPOCHS * len(source), 4 * EPOCHS * len(source) // 5
+
+    def optimizer(rate):
+        return optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(rate, momentum=0.9))
+
+    params, _ = model.init(jax.random.key(seed), data.train.inputs[:1])
+    run = curves.collect(
+        loss_fn, params, source, optimizer(fit.warmup_cosine(RATE, num_steps)), [begin, num_steps],
+        key=jax.random.key(seed),
+    )  # fmt: skip
+    start, end = tree.unstack(run.members)
+    cycle = 2 * ((num_steps - begin) // 10)
+    fge = curves.fge(
+        loss_fn, start, source, optimizer, high=0.3, low=1e-3, cycle_steps=cycle, num_members=5,
+        key=jax.random.key(8),
+    )  # fmt: skip
+    model_fn = objectives.outputs(model.apply, {})
+    test = batches.split(data.test, 300)
+    members = {
+        "one network, the whole run": [end],
+        "5 members from its last fifth (FGE)": fge.members,
+        "the 2 networks of chapter 1": list(trained),
+    }
+    scores = {
+        name: ensemble.calibration(ensemble.predict(model_fn, points, test), data.test.labels)
+        for name, points in members.items()
+    }
+    rows = [
+        {
+            "ensemble": name,
+            "test loss": f"{x.nll.value:.4f} ± {x.nll.standard_error:.4f}",
+            "test error": percent(1 - x.accuracy.value, len(data.test.labels)),
+            "calibration error": f"{x.ece.value:.2%}",
+        }
+        for name, x in scores.items()
+    ]
+    apart = float(tree.norm(tree.axpy(-1.0, *trained)))
+    page.chapter(
+        "An ensemble from one run",
+        f"From four fifths of a run on, the learning rate goes up and down in cycles of {cycle} "
+        "steps, and a network is kept at each low point. The members are "
+        f"{fge.distances.mean():.2f} apart on average, the networks of chapter 1 {apart:.1f}. The "
+        "predicted probabilities are averaged. The ± are standard errors over the test digits; "
+        "they are larger than most differences here.",
+    )
+    page.table(rows)
+    print(f"\nAn ensemble from one run\n{report.text_table(rows)}")
+    name = "5 members from its last fifth (FGE)"
+    bins = scores[name].bins
+    page.figure(
+        "calibration",
+        plot.png(plot.reliability(scores[name])),
+        "How often the FGE ensemble is right against how sure it is, on test digits.",
+        {field: np.asarray(value) for field, value in bins._asdict().items()},
+    )
+
+
+def volume(page, data, model, trained):
+    """Chapter 6: triangles of low loss between each network and two connecting vertices."""
+    source = batches.split(data.train, BATCH_SIZE, key=jax.random.key(10), drop_remainder=True)
+    num_steps = EPOCHS * len(source) // 2
+    metrics_fn = objectives.metrics(model.apply, {})
+    modes = tree.stack(trained)
+    measure = batches.mean(metrics_fn, data.train)
+    before = float(measure(simplex.centroid(modes))["loss"])
+    grown = simplex.spro(
+        objectives.loss(model.apply, {}), modes, source,
+        optax.sgd(fit.three_phase(0.03, num_steps), momentum=0.9), num_steps,
+        key=jax.random.key(11), num_connectors=2, num_samples=2, volume_weight=3e-2,
+        weight_decay=DECAY,
+    )  # fmt: skip
+    inside = {
+        name: simplex.evaluate(metrics_fn, grown.complex, part, 100, key=jax.random.key(12))
+        for name, part in (("train", data.train), ("test", data.test))
+    }
+    worst = simplex.worst_point(
+        objectives.evaluation_loss(model.apply, {}), grown.complex, data.train,
+        starts=inside["train"].worst("loss", 3), num_steps=15,
+    )  # fmt: skip
+    rows = [
+        {
+            "100 points within": name,
+            "mean loss": f"{x.metrics['loss'].mean:.4f}",
+            "highest loss": f"{x.metrics['loss'].highest:.4f}",
+            "highest error": f"{x.metrics['error'].highest:.2%}",
+        }
+        for name, x in inside.items()
+    ]
+    corners = [simplex.vertex(grown.complex, i) for i in (0, 2, 3)]
+    heights = simplex.heights(tree.stack(corners))
+    page.chapter(
+        "A volume of low loss",
+        "Two more networks, connecting vertices, are trained one after the other such that the "
+        "loss is low all over the two triangles that they make with each network of chapter 1. The "
+        f"first began at the middle of the segment, where the training loss is {before:.3f}. The "
+        "area of the triangles together is "
+        f"{np.exp(grown.stages[-1].log_volume):.1f}; the second connecting vertex lies "
+        f"{heights[-1]:.1f} above the edge opposite to it. The worst point that gradient ascent "
+        f"found in them has a training loss of {float(worst.value):.4f}.",
+    )
+    page.table(rows)
+    print(f"\nA volume of low loss\n{report.text_table(rows)}")
+    frame = surface.frame(corners)
+    plane = surface.plane(metrics_fn, frame, data.train, num=25, margin=0.6)
+    outline = frame.project([*corners, corners[0]]).coordinates
+    page.figure(
+        "simplex",
+        plot.png(
+            plot.plane(
+                plane, "loss", marks=("network 0", "connector 1", "connector 2"),
+                path=outline, label="training loss (nats)",
+            )
+        ),
+        "Training loss on the plane of the first triangle: low within, and rising outside.",
+        {"coordinates": plane.coordinates, "loss": plane.values["loss"], "corners": outline},
+    )  # fmt: skip
+
+
 def normalisation(page, data, options, seeds):
-    """Chapter 4: a network with BatchNorm is wrong at a new point until refreshed."""
+    """Chapter 7: a network with BatchNorm is wrong at a new point until refreshed."""
     model = models.build("mlp", **options, norm="batch")
     (first, state), (second, _) = train(model, data, seeds)
     ts = np.linspace(0, 1, 11)
@@ -267,7 +472,7 @@ def normalisation(page, data, options, seeds):
 
 
 def curvature(page, data, model, params, seed):
-    """Chapter 5: the largest eigenvalues of the Hessian, each with its error, and the density."""
+    """Chapter 8: the largest eigenvalues of the Hessian, each with its error, and the density."""
     loss_fn = objectives.evaluation_loss(model.apply, {})
     keys = jax.random.split(jax.random.key(seed), 3)
     pairs = hessian.eigenthings(loss_fn, params, data.train, 12, key=keys[0])
@@ -343,6 +548,9 @@ def main(options: Options) -> None:
     trained = networks(page, data, model, model_options, seeds)
     straight_line(page, data, model, trained)
     alignment(page, data, model, trained)
+    bezier(page, data, model, trained)
+    fast_ensemble(page, data, model, trained, options.seed)
+    volume(page, data, model, trained)
     normalisation(page, data, model_options, seeds)
     curvature(page, data, model, trained[0], options.seed)
     path = page.write()

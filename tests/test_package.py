@@ -88,7 +88,15 @@ def test_the_list_of_names_in_the_docs_is_up_to_date():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/guide.md", "docs/hessian.md", "docs/permute.md", "docs/curves.md"]
+    "page",
+    [
+        "README.md",
+        "docs/guide.md",
+        "docs/hessian.md",
+        "docs/permute.md",
+        "docs/curves.md",
+        "docs/simplex.md",
+    ],
 )
 def test_the_examples_in_the_documentation_run(page):
     # As a person types them: without the strict promotion rules of these tests.

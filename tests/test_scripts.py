@@ -201,7 +201,10 @@ def test_the_tour_writes_a_page_with_its_figures_and_their_data(tmp_path):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         tour.main(tour.Options(out=tmp_path))
     page = (tmp_path / "report.html").read_text()
-    figures = ("training", "line", "alignment", "normalisation", "density", "eigenvector")
+    figures = (
+        "training", "line", "alignment", "curve", "plane", "calibration", "simplex",
+        "normalisation", "density", "eigenvector",
+    )  # fmt: skip
     for name in figures:
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert f"{name}.npz" in page
@@ -215,6 +218,13 @@ def test_the_tour_writes_a_page_with_its_figures_and_their_data(tmp_path):
     aligned = np.load(tmp_path / "alignment.npz")
     np.testing.assert_allclose(aligned["train_before_loss"], line["train_loss"], atol=1e-4)
     assert aligned["train_after_loss"].max() < 0.3 * line["train_loss"].max()
+    # The curve goes around the hill, and so does the inside of the triangles.
+    curve = np.load(tmp_path / "curve.npz")
+    np.testing.assert_allclose(curve["segment_train_loss"], line["train_loss"], atol=1e-4)
+    assert curve["bezier_train_loss"].max() < 0.3 * line["train_loss"].max()
+    triangle = np.load(tmp_path / "simplex.npz")
+    assert triangle["corners"].shape == (4, 2)
+    assert triangle["loss"].min() < 0.05 < triangle["loss"].max()
     # Ten classes: about nine outliers, and eigenvalues whose error is far below their size.
     spectrum = np.load(tmp_path / "density.npz")
     assert (np.diff(spectrum["eigenvalues"]) < 0).all()

@@ -296,6 +296,21 @@ def chord_lengths(inner: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(np.sqrt(np.maximum(squares, 0)))])
 
 
+def chords_passed(lengths: jax.Array, fractions: jax.Array) -> jax.Array:
+    """How many chords lie before these fractions of a polygon's length: `(num,)`, with decimals.
+
+    Args:
+        lengths: `(m,)` of the chords.
+        fractions: `(num,)` in [0, 1].
+    """
+    lengths = lengths[None]
+    # How much of each chord lies before a position: a sum, where a search has no sharding rule.
+    past = (fractions * jnp.sum(lengths))[:, None] - (jnp.cumsum(lengths, axis=1) - lengths)
+    full = (past >= 0).astype(past.dtype)
+    share = jnp.where(lengths > 0, past / jnp.where(lengths > 0, lengths, 1), full)
+    return jnp.sum(jnp.clip(share, 0, 1), axis=1)
+
+
 def length(basis: Basis, control_points: PyTree, num_steps: int = 1000) -> float:
     """The length of a curve in parameter space.
 

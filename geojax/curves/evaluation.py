@@ -1,6 +1,6 @@
 """Curves measured: metrics along the whole of a curve, their integral over length, the barrier."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +33,9 @@ class MetricOnCurve(NamedTuple):
         end: At the last.
         lowest: The least value on the grid.
         highest: The largest.
-        mean: The plain mean over the positions.
-        integral: The mean over arc length, by the trapezoidal rule on chords.
+        mean: The plain mean over the positions, which depends on where these are.
+        integral: The mean over arc length, by the trapezoidal rule on chords: the right one of the
+            two; the original reports both.
         barrier: The largest rise above the straight line between the two end values, with t as
             the abscissa; for a curve, as for a segment.
         t_highest: Where the value is largest.
@@ -118,6 +119,8 @@ def evaluate(
     ts: int | Sequence[float] | np.ndarray = 61,
     *,
     state_fn: Callable[[PyTree], PyTree] | None = None,
+    states_fn: Callable[[PyTree], PyTree] | None = None,
+    num_at_once: int = 8,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
     mesh: Mesh | NamedSharding | None = None,
     progress: bool | None = None,
@@ -134,12 +137,17 @@ def evaluate(
             `arc_length_ts` for equal lengths).
         state_fn: From the parameters at a position to the state there. A network with BatchNorm
             needs it: `lambda params: statistics.refresh(apply_fn, params, state, batches)`.
+        states_fn: Instead of `state_fn`, from stacked parameters at several positions to their
+            stacked states, so that they share the passes over the data: `lambda points:
+            statistics.refresh_points(apply_fn, points, state, batches, num_at_once=8)`.
+        num_at_once: How many positions `states_fn` is given; the last time it may be fewer.
         weight_fn: Weight of a batch; by default its number of examples.
         mesh: Split each batch over this mesh's first axis.
         progress: True or False for a bar; by default one appears when it takes long.
 
     Returns:
-        A `CurveEvaluation`. Cost: one pass over the data per position; memory: one more point.
+        A `CurveEvaluation`. Cost: one pass over the data per position; memory: one more point, or
+        `num_at_once` with `states_fn`.
 
     Raises:
         ValueError: If basis and control points do not fit, or `ts` does not ascend from 0 to 1.
@@ -156,30 +164,72 @@ def evaluate(
     if ts.ndim != 1 or len(ts) < 2 or ts[0] != 0 or ts[-1] != 1 or (np.diff(ts) <= 0).any():
         raise ValueError("evaluate: ts must ascend from 0 to 1, both ends included.")
     weights = coefficients(basis, jnp.asarray(ts, jnp.float32))
-    averaged = batches_.mean(metrics_fn, batches, weight_fn=weight_fn, mesh=mesh)
-    rows: list[Any] = []
-    with bars.bar(len(ts), "curve", show=progress) as update:
-        for i in range(len(ts)):
-            params = _at(control_points, weights[i])
-            extra = () if state_fn is None else (state_fn(params),)
-            rows.append(averaged(params, *extra))
-            if i:  # the host runs one point ahead
-                jax.block_until_ready(rows[i - 1])
-            update(i + 1)
-    rows = jax.device_get(rows)
+    found = measure(
+        metrics_fn,
+        control_points,
+        weights,
+        batches,
+        label="curve",
+        state_fn=state_fn,
+        states_fn=states_fn,
+        num_at_once=num_at_once,
+        weight_fn=weight_fn,
+        mesh=mesh,
+        progress=progress,
+    )
     inner = gram_of_differences(control_points)
     lengths = chord_lengths(inner, weights)
     chord = float(chord_lengths(inner, weights[np.array([0, -1])])[-1])
     return CurveEvaluation(
         ts,
-        {
-            name: summarize(ts, lengths, np.array([row[name] for row in rows], np.float64))
-            for name in rows[0]
-        },
+        {name: summarize(ts, lengths, values) for name, values in found.items()},
         lengths,
         float(lengths[-1]),
         chord,
     )
+
+
+def measure(
+    metrics_fn: Callable[..., dict[str, jax.Array]],
+    control_points: PyTree,
+    weights: Any,
+    batches: Any,
+    *,
+    label: str,
+    state_fn: Callable[[PyTree], PyTree] | None = None,
+    states_fn: Callable[[PyTree], PyTree] | None = None,
+    num_at_once: int = 8,
+    weight_fn: Callable[[PyTree], jax.Array] | None = None,
+    mesh: Mesh | NamedSharding | None = None,
+    progress: bool | None = None,
+) -> dict[str, np.ndarray]:
+    """Metrics at the points with these coefficients, `(m, n)`: float64 arrays `(m,)`."""
+    if state_fn is not None and states_fn is not None:
+        raise ValueError("state_fn and states_fn: expected one of them.")
+    if not isinstance(num_at_once, (int, np.integer)) or num_at_once < 1:
+        raise ValueError(f"num_at_once is {num_at_once!r}; expected an integer of at least 1.")
+    weights = jnp.asarray(weights, jnp.float32)
+    averaged = batches_.mean(metrics_fn, batches, weight_fn=weight_fn, mesh=mesh)
+
+    def points() -> Iterator[tuple[PyTree, tuple[PyTree, ...]]]:
+        for first in range(0, len(weights), num_at_once if states_fn else 1):
+            if states_fn is None:
+                params = _at(control_points, weights[first])
+                yield params, () if state_fn is None else (state_fn(params),)
+            else:
+                some = _at(control_points, weights[first : first + num_at_once])
+                states = tree.unstack(states_fn(some))
+                yield from zip(tree.unstack(some), ((state,) for state in states), strict=True)
+
+    rows: list[Any] = []
+    with bars.bar(len(weights), label, show=progress) as update:
+        for i, (params, extra) in enumerate(points()):
+            rows.append(averaged(params, *extra))
+            if i:  # the host runs one point ahead
+                jax.block_until_ready(rows[i - 1])
+            update(i + 1)
+    rows = jax.device_get(rows)
+    return {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
 
 
 @jax.jit

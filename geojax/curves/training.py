@@ -3,46 +3,36 @@
 How it differs from Garipov et al.'s code: no model is rewritten, since a curve is a combination of
 whole parameter pytrees; the fixed points take no gradient and no optimizer memory; t may be drawn
 stratified, antithetic or uniformly in arc length, several times a step; weight decay acts on the
-sampled point, as in the paper, in every entry point alike.
+sampled point, as in the paper, unless another penalty is asked for.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from geojax import fit as fit_
 from geojax import tree
-from geojax.curves.bases import Basis, check_basis, coefficients, gram
+from geojax._families import split_of
+from geojax.curves.bases import Basis, check_basis, chords_passed, coefficients, gram
+from geojax.curves.families import (
+    CurveFit,
+    Penalty,
+    per_curve,
+    settings_of,
+    train,
+)
 
-__all__ = ["CurveFit", "Sampler", "fit", "sample_ts"]
+__all__ = ["Sampler", "fit", "fit_many", "per_epoch", "sample_ts"]
 
 PyTree = Any
 Sampler = Literal["uniform", "stratified", "antithetic", "arc_length"]
 SAMPLERS: tuple[Sampler, ...] = ("uniform", "stratified", "antithetic", "arc_length")
 # Chords by which arc length is measured within a step.
 _CHORDS = 128
-
-
-class CurveFit(NamedTuple):
-    """A trained curve.
-
-    Attributes:
-        control_points: Stacked, leaves `(n, ...)`; the fixed ones are as they were, to the bit.
-        history: Per step: 'loss' with the weight decay, 'data_loss' without, 'gradient_norm'.
-        evaluations: What `evaluate` returned, with the steps.
-        start: The step at which this call began; more than 0 after a resume.
-        state: The state of the training loop.
-    """
-
-    control_points: PyTree
-    history: dict[str, np.ndarray]
-    evaluations: Any
-    start: int
-    state: Any
 
 
 def sample_ts(
@@ -55,10 +45,11 @@ def sample_ts(
 ) -> jax.Array:
     """Positions on a curve.
 
-    - "uniform": independent, uniform in t.
+    - "uniform": independent, uniform in t: what the original and its paper's experiments do.
     - "stratified": one in each of `num` equal parts of [0, 1].
     - "antithetic": t and 1 - t, for an even `num`.
-    - "arc_length": stratified, uniform in the length of the curve as it is.
+    - "arc_length": stratified, uniform in the length of the curve as it is: the loss that the
+      paper starts from, which does not depend on how the curve is parametrized.
 
     Args:
         key: A typed key.
@@ -92,8 +83,8 @@ def sample_ts(
     at = jnp.linspace(0, 1, _CHORDS + 1)
     weights = coefficients(basis, at)
     lengths = _lengths(jnp.diff(weights, axis=0), jax.lax.stop_gradient(control_points))
-    total = jnp.concatenate([jnp.zeros(1), jnp.cumsum(lengths)])
-    return jnp.interp(even * total[-1], total, at)
+    ts = chords_passed(lengths, even) / _CHORDS
+    return jnp.where(jnp.sum(lengths) > 0, ts, even)
 
 
 def _lengths(steps: jax.Array, control_points: PyTree) -> jax.Array:
@@ -104,84 +95,19 @@ def _lengths(steps: jax.Array, control_points: PyTree) -> jax.Array:
     return jnp.sqrt(jnp.maximum(squares, 0))
 
 
-class _Split(NamedTuple):
-    """Which control points train."""
+@dataclasses.dataclass(frozen=True)
+class _CurveDraw:
+    """Draws of t; equal to its like, so that programs are reused."""
 
-    free: tuple[int, ...]
-    fixed: tuple[int, ...]
+    sampler: Any
+    basis: Basis
 
+    @property
+    def reads_points(self) -> bool:
+        return self.sampler == "arc_length"
 
-def _split(fixed: Sequence[int], num: int) -> _Split:
-    given = list(fixed)
-    if any(not isinstance(i, (int, np.integer)) or not -num <= i < num for i in given):
-        raise ValueError(f"fixed is {fixed}; expected indices of the {num} control points.")
-    held = {int(i) % num for i in given}
-    free = tuple(i for i in range(num) if i not in held)
-    if not free:
-        raise ValueError("every control point is fixed; there is nothing to train.")
-    return _Split(free, tuple(sorted(held)))
-
-
-def _parts(control_points: PyTree, split: _Split) -> dict[str, PyTree]:
-    """The free and the fixed points, apart, in their sharding."""
-    members = tree.unstack(control_points)
-    parts = {"free": tree.stack([members[i] for i in split.free])}
-    if split.fixed:
-        parts["fixed"] = tree.stack([members[i] for i in split.fixed])
-    return parts
-
-
-def _whole(parts: dict[str, PyTree], split: _Split) -> PyTree:
-    """All control points in order, from the two stacks."""
-    members = dict(zip(split.free, tree.unstack(parts["free"]), strict=True))
-    if split.fixed:
-        members |= dict(zip(split.fixed, tree.unstack(parts["fixed"]), strict=True))
-    return tree.stack([members[i] for i in range(len(members))])
-
-
-def _point(parts: dict[str, PyTree], split: _Split, weights: jax.Array) -> PyTree:
-    """The point with these coefficients; the fixed part is a constant of the gradient."""
-    total = tree.combine(_wide(parts["free"]), weights[np.array(split.free)])
-    if split.fixed:
-        fixed = jax.lax.stop_gradient(_wide(parts["fixed"]))
-        held = tree.combine(fixed, weights[np.array(split.fixed)])
-        total = jax.tree.map(jnp.add, total, held)
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), total, parts["free"])
-
-
-def _wide(points: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x.astype(tree.accumulation_dtype(x)), points)
-
-
-@functools.lru_cache(maxsize=32)
-def _curve_loss(loss_fn, basis, split, sampler, num_draws, weight_decay, draws) -> Callable:
-    """The loss of the parts; one function per setting, so that it is compiled once."""
-    with_key = fit_.takes_key(loss_fn)
-
-    def at(parts, t, batch, key):
-        params = _point(parts, split, basis(t))
-        loss = loss_fn(params, batch, key) if with_key else loss_fn(params, batch)
-        penalty = jnp.zeros((), jnp.float32)
-        if weight_decay:
-            squares = [jnp.sum(jnp.square(_wide(x))) for x in jax.tree.leaves(params)]
-            penalty = 0.5 * weight_decay * sum(squares)
-        return loss, penalty
-
-    def loss(parts, batch, key):
-        key_t, key_loss = jax.random.split(key)
-        points = _whole(parts, split) if sampler == "arc_length" else None
-        ts = sample_ts(key_t, num_draws, sampler, basis=basis, control_points=points)
-        if draws == "vmap":
-            losses, penalties = jax.vmap(at, in_axes=(None, 0, None, None))(
-                parts, ts, batch, key_loss
-            )
-        else:
-            found = [at(parts, ts[i], batch, key_loss) for i in range(num_draws)]
-            losses, penalties = (jnp.stack(list(x)) for x in zip(*found, strict=True))
-        data, penalty = jnp.mean(losses), jnp.mean(penalties)
-        return data + penalty.astype(data.dtype), {"data_loss": data, "penalty": penalty}
-
-    return loss
+    def __call__(self, key: jax.Array, num: int, points: PyTree) -> jax.Array:
+        return sample_ts(key, num, self.sampler, basis=self.basis, control_points=points)
 
 
 def fit(
@@ -198,6 +124,8 @@ def fit(
     num_draws: int = 1,
     draws: Literal["sequential", "vmap"] = "sequential",
     weight_decay: float = 0.0,
+    penalty: Penalty = "squares",
+    index: int | None = None,
     evaluate: Callable[[PyTree, int], dict[str, Any]] | None = None,
     evaluate_every: int | None = None,
     **options: Any,
@@ -224,7 +152,13 @@ def fit(
         num_draws: Draws of t per step, whose losses are averaged.
         draws: "sequential", or "vmap" for all draws at once: faster on accelerators for dense
             models, `num_draws` times the memory.
-        weight_decay: Lambda above, on the sampled point.
+        weight_decay: Lambda above.
+        penalty: What it weighs. "squares" is right, and what the original trains: half the squared
+            norm of the sampled point. "norms": the sum of the leaves' norms, which the original's
+            plane and chain scripts report; see `l2_penalty`. "control_points": half the squared
+            norm of the free control points, what an optimizer's weight decay does; it pulls them
+            also where the curve does not go.
+        index: The draws of curve `index` of `fit_many` with this key; by default those of the key.
         evaluate: `(control_points, step) -> dict of numbers`, every `evaluate_every` steps.
         evaluate_every: Steps between evaluations.
         **options: Further options of `geojax.fit.fit`: `transform`, `mesh`, `checkpoint` (with
@@ -253,66 +187,160 @@ def fit(
         Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs", NeurIPS
         2018, section 3.
     """
-    if draws not in ("sequential", "vmap"):
-        raise ValueError(f"draws is {draws!r}; expected 'sequential' or 'vmap'.")
-    if not isinstance(num_draws, (int, np.integer)) or num_draws < 1:
-        raise ValueError(f"num_draws is {num_draws!r}; expected an integer of at least 1.")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay is {weight_decay!r}; expected at least 0.")
-    for name in ("frozen", "has_metrics", "regularizer"):
-        if name in options:
-            raise ValueError(f"{name} is set by curves.fit; use `fixed` or `weight_decay`.")
     tree.check_floating(control_points, "control_points")
+    settings = settings_of(num_draws, draws, weight_decay, penalty)
+    if index is not None and (not isinstance(index, (int, np.integer)) or index < 0):
+        raise ValueError(f"index is {index!r}; expected the number of a curve, at least 0.")
     num = check_basis(basis, control_points)
     sample_ts(key, int(num_draws), sampler, basis=basis, control_points=control_points)
-    split = _split(fixed, num)
-    parts = _parts(control_points, split)
-    loss = _curve_loss(loss_fn, basis, split, sampler, int(num_draws), float(weight_decay), draws)
-    labels = {name: name == "free" for name in parts}
-    frozen = _Frozen() if split.fixed else None
-
-    def hook(parts: dict[str, PyTree], step: int) -> dict[str, Any]:
-        assert evaluate is not None
-        return evaluate(_whole(parts, split), step)
-
-    result = fit_.fit(
-        loss,
-        parts,
+    return train(
+        loss_fn,
+        basis,
+        _CurveDraw(sampler, basis),
+        control_points,
         batches,
-        _masked(optimizer, tuple(labels.items())),
+        optimizer,
         num_steps,
         key=key,
-        has_metrics=True,
-        frozen=frozen,
-        evaluate=None if evaluate is None else hook,
-        evaluate_every=evaluate_every,
-        **options,
-    )
-    return CurveFit(
-        _whole(result.params, split),
-        result.history,
-        result.evaluations,
-        result.start,
-        result.state,
+        split=split_of(fixed, num),
+        settings=settings,
+        index=None if index is None else jnp.asarray(index, jnp.float32),
+        over=None,
+        evaluate=evaluate,
+        options=options | {"evaluate_every": evaluate_every},
     )
 
 
-class _Frozen:
-    """Whether a leaf belongs to the fixed points; equal to its like, so that steps are reused."""
+def fit_many(
+    loss_fn: Callable[..., Any],
+    basis: Basis,
+    control_points: PyTree,
+    batches: Any,
+    optimizer: Any,
+    num_steps: int,
+    *,
+    key: jax.Array,
+    fixed: Sequence[int] = (0, -1),
+    sampler: Sampler | Callable[[jax.Array, int], jax.Array] = "uniform",
+    num_draws: int = 1,
+    draws: Literal["sequential", "vmap"] = "sequential",
+    weight_decay: float = 0.0,
+    penalty: Penalty = "squares",
+    over: Literal["vmap", "sequential"] = "vmap",
+    evaluate: Callable[[PyTree, int], dict[str, Any]] | None = None,
+    evaluate_every: int | None = None,
+    **options: Any,
+) -> CurveFit:
+    """Train several curves at once: between several pairs, or of several seeds.
 
-    def __call__(self, path: str) -> bool:
-        return path.startswith("['fixed']")
+    All curves see the same batches, transformed once, and each has its own draws and an optimizer
+    state of its own: the optimizer is mapped over the curves, so that clipping by the global norm
+    and the like act within a curve. Curve i is the one that
+    `fit(..., tree.unstack(control_points)[i], key=key, index=i)` trains, up to rounding.
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Frozen)
+    Args:
+        loss_fn: As for `fit`.
+        basis: As for `fit`; one for all curves.
+        control_points: Leaves `(c, n, ...)`: `tree.stack` of the control points of c curves.
+        batches: As for `fit`.
+        optimizer: An optax transformation, as for `fit`.
+        num_steps: Optimizer steps.
+        key: At each step, curve i uses `fold_in(k, i)` where `fit` uses the step's key k, for t
+            and dropout; `transform` takes the step's key itself.
+        fixed: Indices of the control points that stay in every curve.
+        sampler: As for `fit`.
+        num_draws: As for `fit`, for each curve.
+        draws: As for `fit`.
+        weight_decay: As for `fit`.
+        penalty: As for `fit`.
+        over: "vmap" for all curves in one program; "sequential" takes them in turn within the
+            step, which is faster for convolutions on a CPU and compiles c copies.
+        evaluate: `(control_points, step) -> dict of numbers`, with all c curves.
+        evaluate_every: Steps between evaluations.
+        **options: Further options of `geojax.fit.fit`; with `checkpoint` it resumes to the bit.
 
-    def __hash__(self) -> int:
-        return hash(_Frozen)
+    Returns:
+        A `CurveFit` with control points `(c, n, ...)`; its history's 'loss', 'data_loss' and
+        'penalty' are `(steps, c)`, 'gradient_norm' is that of all curves together. Cost per step:
+        c gradients per draw; memory: c times that of `fit`.
+
+    Raises:
+        ValueError: As `fit`; if the leaves lack the axis over curves.
+        NonFiniteError: If one of the curves diverges: all stop.
+
+    Example:
+        >>> import optax
+        >>> from geojax.curves import polychain
+        >>> loss = lambda p, batch: jnp.mean((jnp.sum(p["w"] ** 2) - batch) ** 2)
+        >>> one = jnp.array([[-1.0, 0.0], [0.0, 0.1], [1.0, 0.0]])
+        >>> both = {"w": jnp.stack([one, -one])}
+        >>> found = fit_many(loss, polychain(3), both, jnp.ones(1), optax.sgd(0.1), 50,
+        ...                  key=jax.random.key(0))
+        >>> [bool(x > 1) for x in jnp.abs(found.control_points["w"][:, 1, 1])]
+        [True, True]
+    """
+    tree.check_floating(control_points, "control_points")
+    num_curves = tree.num_points(control_points)
+    for path, leaf in zip(tree.paths(control_points), jax.tree.leaves(control_points), strict=True):
+        if jnp.ndim(leaf) < 2:
+            raise ValueError(
+                f"control_points: leaf {path} has shape {jnp.shape(leaf)}; expected (curves, "
+                "control points, ...): `tree.stack` the control points of the curves."
+            )
+    if over not in ("vmap", "sequential"):
+        raise ValueError(f"over is {over!r}; expected 'vmap' or 'sequential'.")
+    settings = settings_of(num_draws, draws, weight_decay, penalty)
+    first = tree.unstack(control_points)[0]
+    num = check_basis(basis, first)
+    sample_ts(key, int(num_draws), sampler, basis=basis, control_points=first)
+    found = train(
+        loss_fn,
+        basis,
+        _CurveDraw(sampler, basis),
+        control_points,
+        batches,
+        optimizer,
+        num_steps,
+        key=key,
+        split=split_of(fixed, num),
+        settings=settings,
+        index=_numbers(control_points, num_curves),
+        over=over,
+        evaluate=evaluate,
+        options=options | {"evaluate_every": evaluate_every},
+    )
+    return found._replace(history=per_curve(found.history, num_curves))
 
 
-@functools.lru_cache(maxsize=32)
-def _masked(optimizer: Any, labels: tuple[tuple[str, bool], ...]) -> Any:
-    """The optimizer without a state for what is fixed; one object per optimizer."""
-    import optax
+def per_epoch(schedule: Callable[[Any], jax.Array], steps_per_epoch: int) -> Callable:
+    """A schedule that is read once an epoch, as the original's training scripts do.
 
-    return optax.masked(optimizer, dict(labels))
+    There the three-phase schedule is a function of the epoch, counted from 1, and constant within
+    it; that is what this reproduces. `geojax.fit.three_phase` over steps is the better default: it
+    has no jumps, and does not start one epoch ahead.
+
+    Args:
+        schedule: From an epoch, counted from 1, to a rate: `fit.three_phase(peak, num_epochs)`.
+        steps_per_epoch: Optimizer steps in an epoch.
+
+    Returns:
+        A schedule over steps, for an optax transformation.
+
+    Example:
+        >>> from geojax.fit import three_phase
+        >>> rate = per_epoch(three_phase(1.0, 10), 5)
+        >>> [round(float(rate(step)), 4) for step in (0, 24, 25, 34, 35, 40, 49)]
+        [1.0, 1.0, 0.7525, 0.505, 0.2575, 0.01, 0.01]
+    """
+    if not isinstance(steps_per_epoch, (int, np.integer)) or steps_per_epoch < 1:
+        raise ValueError(f"steps_per_epoch is {steps_per_epoch!r}; expected at least 1.")
+    return lambda step: schedule(jnp.asarray(step, jnp.int32) // int(steps_per_epoch) + 1)
+
+
+def _numbers(control_points: PyTree, num: int) -> jax.Array:
+    """0 to num - 1, over the devices as the curves are."""
+    numbers = jnp.arange(num, dtype=jnp.float32)
+    sharding = getattr(jax.tree.leaves(control_points)[0], "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not sharding.spec:
+        return numbers
+    return jax.device_put(numbers, NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0])))

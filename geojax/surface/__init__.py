@@ -4,6 +4,7 @@ A direction is a pytree like the parameters: an eigenvector, a random one, a dif
 """
 
 from geojax.surface.directions import Scope, filter_normalize, random_direction
+from geojax.surface.faces import Face, faces
 from geojax.surface.lines import Barrier, Line, along, barrier, line
 from geojax.surface.planes import Frame, Plane, Projection, frame, plane
 from geojax.surface.trajectories import Center, PrincipalDirections, principal_directions
@@ -11,6 +12,7 @@ from geojax.surface.trajectories import Center, PrincipalDirections, principal_d
 __all__ = [
     "Barrier",
     "Center",
+    "Face",
     "Frame",
     "Line",
     "Plane",
@@ -19,6 +21,7 @@ __all__ = [
     "Scope",
     "along",
     "barrier",
+    "faces",
     "filter_normalize",
     "frame",
     "line",

@@ -1,0 +1,474 @@
+"""Claims: a simplex costs what its samples cost, stays low in loss, and has a volume that is one.
+
+Each part prints its targets beside what was measured; the exit code is 1 where one is missed.
+Ratios of costs are of process CPU time, the sides interleaved, the least of several rounds.
+
+  step       a step of a simplex's training with eight vertices against two, and against `fit`
+  memory     what a step holds, in multiples of the parameters, for two to eight vertices
+  digits     volumes between two and four modes; the effect of the volume's weight
+  dimension  one connector after another: heights, volume and worst loss, with a figure
+  ensembles  ESPRO, a deep ensemble, FGE and SWAG on Fashion-MNIST at equal numbers of gradients,
+             over five seeds. No target: it says who wins
+
+  python benchmarks/simplex.py
+  python benchmarks/simplex.py --only step,memory
+  python benchmarks/simplex.py --quick
+
+Fashion-MNIST is read below GEOJAX_DATA_DIR and left out without it. Trained networks are kept below
+--out, so that a second run trains nothing.
+"""
+
+import argparse
+import os
+import pathlib
+import platform
+import time
+import warnings
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+
+from geojax import (  # noqa: E402
+    batches,
+    checkpoint,
+    curves,
+    datasets,
+    ensemble,
+    fit,
+    models,
+    objectives,
+    plot,
+    report,
+    simplex,
+    tree,
+)
+from geojax.simplex import training  # noqa: E402
+
+BEGIN = time.perf_counter()
+# As the digits of the tour.
+MLP = {"widths": [64, 64], "initializer": "he"}
+
+
+class Table:
+    """Claims with what was measured."""
+
+    def __init__(self):
+        self.rows = []
+
+    def add(self, claim, sign, limit, value):
+        holds = value <= limit if sign == "<=" else value >= limit
+        verdict = "met" if holds else "MISSED"
+        row = {"claim": claim, "target": f"{sign} {limit:g}", "measured": f"{value:.4g}",
+               "verdict": verdict}  # fmt: skip
+        self.rows.append(row)
+        print("  " + "   ".join(row.values()), flush=True)
+
+    def show(self):
+        if not self.rows:
+            return True
+        print("\n" + report.text_table(self.rows))
+        return all(row["verdict"] == "met" for row in self.rows)
+
+
+def heading(text):
+    print(f"\n[{time.perf_counter() - BEGIN:.0f} s] {text}", flush=True)
+
+
+def least(runs, rounds):
+    """The least CPU seconds of each run, interleaved; the first round compiles and is left out."""
+    best = dict.fromkeys(runs, float("inf"))
+    for i in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.process_time()
+            jax.block_until_ready(run())
+            if i:
+                best[name] = min(best[name], time.process_time() - start)
+    return best
+
+
+def stored(folder, make):
+    """What `make` trains, from the folder where it was kept."""
+    if not (folder / "geojax.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(folder, make())
+    return checkpoint.load(folder)[0]
+
+
+def decayed(rate, weight_decay=5e-4):
+    """SGD with momentum and coupled decay."""
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, 0.9))
+
+
+# -------------------------------------------------------------------------------------- the costs
+
+SIZES = {
+    "MLP of 0.1 M": ([128, 128], 40),
+    "MLP of 1.1 M": ([612, 612, 612], 10),
+}
+
+
+def problem(widths):
+    model = models.build("mlp", num_classes=10, widths=widths, initializer="he")
+    rng = np.random.default_rng(0)
+    data = datasets.Examples(
+        rng.standard_normal((1280, 28, 28, 1), np.float32),
+        rng.integers(10, size=1280).astype(np.int32),
+    )
+    ends = [model.init(jax.random.key(seed), data.inputs[:1])[0] for seed in range(8)]
+    return model, ends, batches.split(data, 128)
+
+
+def step_part(table, options):
+    heading(
+        "A step of a simplex with 5 samples, SGD with momentum, batches of 128, volume weight on"
+    )
+    rounds = 3 if options.quick else 7
+    for name, (widths, num_steps) in SIZES.items():
+        model, ends, source = problem(widths)
+        loss_fn, optimizer = objectives.loss(model.apply, {}), optax.sgd(0.01, 0.9)
+        common = {"key": jax.random.key(0), "progress": False}
+
+        def grown(num, num_samples, loss_fn=loss_fn, ends=ends, source=source, steps=num_steps,
+                  optimizer=optimizer, common=common):  # fmt: skip
+            start = simplex.single(tree.stack(ends[:num]))
+            return lambda: simplex.fit(
+                loss_fn, start, source, optimizer, steps, num_samples=num_samples,
+                volume_weight=1e-3, **common,
+            ).complex.vertices  # fmt: skip
+
+        runs = {"plain": lambda f=fit.fit, a=(loss_fn, ends[0], source, optimizer, num_steps),
+                k=common: f(*a, **k).params}  # fmt: skip
+        runs |= {f"{n} vertices, {s} samples": grown(n, s) for n in (2, 8) for s in (1, 5)}
+        spent = least(runs, rounds)
+        for label, seconds in spent.items():
+            print(f"  {name}, {label}: {1e3 * seconds / num_steps:.2f} ms of CPU a step")
+        two, eight = (spent[f"{n} vertices, 5 samples"] for n in (2, 8))
+        table.add(f"{name}: a step with 8 vertices over one with 2, 5 samples", "<=", 1.3,
+                  eight / two)  # fmt: skip
+        for n, seconds in ((2, two), (8, eight)):
+            table.add(f"{name}: {n} vertices, per sample over a plain step", "<=", 1.2,
+                      seconds / 5 / spent["plain"])  # fmt: skip
+
+
+def memory_part(table, options):
+    heading("Memory of a compiled step, in multiples of the parameters (XLA's own account)")
+    model, ends, source = problem([612, 612, 612])
+    batch = next(iter(source))
+    size = 4 * tree.size(ends[0])
+    loss_fn, optimizer = objectives.loss(model.apply, {}), optax.sgd(0.01, 0.9)
+    rows, arguments = [], []
+    for samples in ("sequential", "vmap"):
+        for num in (2, 4, 8):
+            made = training._prepare(
+                loss_fn, simplex.single(tree.stack(ends[:num])), optimizer, free=(-1,),
+                together="vmap", volume_weight=1e-3, num_samples=5, samples=samples,
+                reduction="mean", choose="volume", weight_decay=0.0, decay="point",
+                stochastic="shared", volumes="all", similarity_weight=0.0,
+            )  # fmt: skip
+            step = fit.make_step(
+                made.loss, made.optimizer, has_metrics=True, regularizer=made.regularizer,
+                frozen=made.frozen,
+            )  # fmt: skip
+            state = fit.init(made.parts, made.optimizer, key=jax.random.key(0))
+            step = jax.jit(step, donate_argnums=0)
+            found = step.lower(state, batch).compile().memory_analysis()
+            rows.append({
+                "samples": samples, "vertices": num,
+                "arguments": f"{found.argument_size_in_bytes / size:.2f}",
+                "temporary": f"{found.temp_size_in_bytes / size:.2f}",
+            })  # fmt: skip
+            if samples == "sequential":
+                arguments.append(found.argument_size_in_bytes / size)
+    print("  " + report.text_table(rows).replace("\n", "\n  "))
+    table.add("copies of the parameters for each frozen vertex", "<=", 1.01,
+              (arguments[2] - arguments[1]) / 4)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- the digits
+
+
+class Digits:
+    """The networks and the loss of the digits, and complexes grown between them."""
+
+    def __init__(self, options, seeds):
+        self.data = datasets.load("digits", validation=0)
+        self.model = models.build("mlp", **MLP)
+        self.source = batches.split(self.data.train, 128, key=jax.random.key(9),
+                                    drop_remainder=True)  # fmt: skip
+        self.loss = objectives.loss(self.model.apply, {})
+        self.epochs = 20 if options.quick else 100
+        self.kept = options.out / f"digits-{self.epochs}-epochs"
+        self.modes = [stored(self.kept / f"network-{s}", lambda s=s: self.train(s)) for s in seeds]
+
+    def train(self, seed):
+        params, _ = self.model.init(jax.random.key(seed), self.data.train.inputs[:1])
+        steps = self.epochs * len(self.source)
+        return fit.fit(
+            self.loss, params, self.source, decayed(fit.warmup_cosine(0.05, steps)), steps,
+            key=jax.random.key(seed), progress=False,
+        ).params  # fmt: skip
+
+    def grow(self, num_modes, num_connectors, weight, epochs=None):
+        steps = (self.epochs if epochs is None else epochs) * len(self.source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return simplex.spro(
+                self.loss, tree.stack(self.modes[:num_modes]), self.source,
+                optax.sgd(fit.three_phase(0.03, steps), 0.9), steps, key=jax.random.key(5),
+                num_connectors=num_connectors, volume_weight=weight, num_eval=400,
+                metrics_fn=objectives.metrics(self.model.apply, {}),
+                eval_batches=self.data.train, weight_decay=5e-4, progress=False,
+            )  # fmt: skip
+
+
+def digits_part(table, options):
+    heading("Digits: connectors between modes; the worst training NLL of 400 points and vertices")
+    digits = Digits(options, range(4))
+    rows = []
+    settings = [
+        (2, 1, 1e-8, 0.06), (2, 3, 1e-8, 0.12), (4, 1, 1e-8, 0.13), (2, 3, 1e-3, None),
+        (2, 3, 1e-2, 0.15),
+    ]  # fmt: skip
+    found = {}
+    for modes, connectors, weight, limit in settings:
+        result = digits.grow(modes, connectors, weight)
+        found[modes, connectors, weight] = last = result.stages[-1]
+        rows.append({"modes": modes, "weight": f"{weight:g}"} | last.row())
+        if limit is not None:
+            table.add(
+                f"{modes} modes, {connectors} connector(s), weight {weight:g}: worst NLL", "<=",
+                limit, last.highest_loss,
+            )  # fmt: skip
+    more = 2 * (found[2, 3, 1e-2].log_volume - found[2, 3, 1e-8].log_volume)
+    table.add("log squared volume at weight 1e-2 less that at 1e-8", ">=", 4, more)
+    centre = tree.combine(tree.stack(digits.modes), np.full(4, 0.25, np.float32))
+    at = batches.mean(objectives.metrics(digits.model.apply, {}), digits.data.train)(centre)
+    table.add("4 modes: NLL at their centroid, where the connector starts", ">=", 1,
+              float(at["loss"]))  # fmt: skip
+    print("  " + report.text_table(rows).replace("\n", "\n  "))
+
+
+def dimension_part(table, options):
+    del table
+    number = 4 if options.quick else 14
+    heading(f"Digits: {number} connectors between two modes, one after another")
+    digits = Digits(options, range(2))
+    panels = {"height": {}, "volume": {}, "worst": {}}
+    data = {}
+    for weight in (1e-8, 1e-3, 1e-2):
+        result = digits.grow(2, number, weight)
+        rows = []
+        vertices = tree.unstack(result.complex.vertices)
+        for stage in result.stages:
+            face = tree.stack([vertices[0], *vertices[2 : stage.num_vertices]])
+            safe = float(simplex.log_volume(face))
+            with np.errstate(all="ignore"):
+                original = float(simplex.original_log_volume(face))
+            height = float(simplex.heights(face)[-1])
+            rows.append({
+                "connectors": stage.num_vertices - 2, "height of the last": height,
+                "log V^2": 2 * safe, "float32 Cayley-Menger": original,
+                "mean NLL": stage.mean_loss, "worst NLL": stage.highest_loss,
+                "volume's share of the gradient": stage.volume_share,
+            })  # fmt: skip
+        print(f"\n  weight {weight:g}, distance of the modes "
+              f"{float(simplex.distances(tree.stack(digits.modes))[0, 1]):.1f}")  # fmt: skip
+        print("  " + report.text_table(rows).replace("\n", "\n  "), flush=True)
+        at = [row["connectors"] for row in rows]
+        label = f"weight {weight:g}"
+        panels["height"][label] = at, [row["height of the last"] for row in rows]
+        panels["volume"][label] = at, [row["log V^2"] for row in rows]
+        panels["worst"][label] = at, [row["worst NLL"] for row in rows]
+        for name, key in (
+            ("height", "height of the last"), ("log_square_volume", "log V^2"),
+            ("worst", "worst NLL"), ("float32", "float32 Cayley-Menger"),
+        ):  # fmt: skip
+            data[f"{name}_{weight:g}"] = np.array([row[key] for row in rows])
+    image = plot.curves(
+        [
+            {"x": "connectors", "y": "height of the newest vertex", "log": True,
+             "legend": "above", "lines": panels["height"]},
+            {"x": "connectors", "y": "log of the squared volume", "legend": "above",
+             "lines": panels["volume"]},
+            {"x": "connectors", "y": "worst training loss (nats)", "log": True,
+             "legend": "above", "lines": panels["worst"]},
+        ],
+        size=(3.6, 2.9),
+    )  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "dimension.png").write_bytes(plot.png(image))
+    np.savez(options.out / "dimension.npz", **data)
+    print(f"\n  {options.out / 'dimension.png'}")
+
+
+# ---------------------------------------------------------------------------------- the ensembles
+
+NUM_NETWORKS, NUM_MEMBERS, NUM_SAMPLES = 3, 5, 25
+LONG, DEEP, FGE, SWAG, ESPRO = (
+    "one network, long", "deep ensemble", "FGE", "SWAG", "ESPRO",
+)  # fmt: skip
+METHODS = (LONG, DEEP, FGE, SWAG, ESPRO)
+
+
+class Setting:
+    """A small CNN on a part of Fashion-MNIST, and the budget of each of its three runs."""
+
+    def __init__(self, options):
+        data = datasets.load("fashion_mnist")
+        self.train = jax.tree.map(lambda x: x[:10_000], data.train)
+        self.test = data.test
+        self.model = models.build("cnn", num_classes=10, widths=[8, 16], norm=None)
+        self.loss = objectives.loss(self.model.apply, {})
+        self.source = batches.split(self.train, 100, key=jax.random.key(3), drop_remainder=True)
+        self.epochs = 2 if options.quick else 12
+        self.steps = self.epochs * len(self.source)
+        self.begin = 4 * self.steps // 5
+        self.weight = options.volume_weight
+
+    def start(self, seed):
+        return self.model.init(jax.random.key(seed), self.train.inputs[:1])[0]
+
+    def run(self, seed, steps, at):
+        return tree.unstack(
+            curves.collect(
+                self.loss, self.start(seed), self.source, decayed(fit.warmup_cosine(0.05, steps)),
+                at, key=jax.random.key(seed), progress=False,
+            ).members
+        )  # fmt: skip
+
+    def members(self, seed):
+        """All members of one seed, by method, with the gradients that each method takes."""
+        seeds = [1000 * seed + i for i in range(NUM_NETWORKS)]
+        runs = [self.run(s, self.steps, [self.begin, self.steps]) for s in seeds]
+        rest = self.steps - self.begin
+        cycle = 2 * (rest // (2 * NUM_MEMBERS))
+        cycles, gaussians = [], []
+        for s, (start, _) in zip(seeds, runs, strict=True):
+            cycles += tree.unstack(curves.fge(
+                self.loss, start, self.source, decayed, high=0.05, low=5e-4, cycle_steps=cycle,
+                num_members=NUM_MEMBERS, key=jax.random.key(s + 1), progress=False,
+            ).members)  # fmt: skip
+            along = curves.collect(
+                self.loss, start, self.source, decayed(0.02), range(rest // 20, rest + 1,
+                rest // 20), key=jax.random.key(s + 2), progress=False,
+            )  # fmt: skip
+            fitted = curves.swag(along.members)
+            gaussians += [fitted.sample(jax.random.fold_in(jax.random.key(s + 3), i))
+                          for i in range(NUM_SAMPLES)]  # fmt: skip
+        # Two more vertices for each network, in the fifth of the budget that FGE has too.
+        samples = 2
+        bases = [self.run(s, self.begin, [self.begin])[0] for s in seeds]
+        grow = rest // (2 * samples)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            grown = simplex.espro(
+                self.loss, tree.stack(bases), self.source,
+                optax.sgd(fit.warmup_cosine(0.02, grow), 0.9), grow, key=jax.random.key(seed),
+                num_vertices=3, num_samples=samples, volume_weight=self.weight,
+                weight_decay=5e-4, together="sequential", progress=False,
+            )  # fmt: skip
+        drawn = list(simplex.members(jax.random.key(seed), grown.complexes, NUM_SAMPLES)())
+        whole = NUM_NETWORKS * self.steps
+        return {
+            LONG: (whole, self.run(seeds[0], whole, [whole])),
+            DEEP: (whole, [end for _, end in runs]),
+            FGE: (NUM_NETWORKS * (self.begin + NUM_MEMBERS * cycle), cycles),
+            SWAG: (whole, gaussians),
+            ESPRO: (NUM_NETWORKS * (self.begin + 2 * samples * grow), drawn),
+        }, [stage.row() for stage in grown.stages[-1]]
+
+
+def spread(values, digits, scale=1.0):
+    """The mean over the seeds and half its 95 % t-interval."""
+    from scipy import stats
+
+    values = scale * np.asarray(values)
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
+
+
+def ensembles_part(table, options):
+    del table
+    try:
+        setting = Setting(options)
+    except FileNotFoundError as error:
+        print(f"Fashion-MNIST is left out: {str(error).splitlines()[0]}")
+        return
+    seeds = range(2 if options.quick else 5)
+    heading(
+        f"Fashion-MNIST, {len(setting.train.labels)} examples, CNN 8-16, "
+        f"{NUM_NETWORKS} x {setting.epochs} epochs of batches of 100, {len(seeds)} seeds: mean ± "
+        "half a 95 % t-interval"
+    )
+    model_fn = objectives.outputs(setting.model.apply, {})
+    data = batches.split(setting.test, 1000)
+    scores = {name: [] for name in METHODS}
+    budgets = {}
+    for seed in seeds:
+        folder = options.out / f"ensembles-{setting.epochs}-{setting.weight:g}"
+
+        def make(seed=seed):
+            members, rows = setting.members(seed)
+            print("  " + report.text_table(rows).replace("\n", "\n  "), flush=True)
+            return {
+                name: {"budget": np.asarray(budget), "probabilities": ensemble.predict(
+                    model_fn, given, data, progress=False)}
+                for name, (budget, given) in members.items()
+            }  # fmt: skip
+
+        kept = stored(folder / f"seed-{seed}", make)
+        for name in METHODS:
+            budgets[name] = int(kept[name]["budget"])
+            found = ensemble.calibration(kept[name]["probabilities"], setting.test.labels)
+            scores[name].append((found.nll.value, 1 - found.accuracy.value, found.ece.value))
+    values = {name: np.array(given) for name, given in scores.items()}
+    rows = []
+    for name, given in values.items():
+        less = given - values[DEEP]
+        rows.append({
+            "method": name, "gradients": budgets[name], "NLL": spread(given[:, 0], 4),
+            "error %": spread(given[:, 1], 2, 100), "ECE %": spread(given[:, 2], 2, 100),
+            "NLL - deep ensemble's": "" if name == DEEP else spread(less[:, 0], 4),
+            "lower NLL": "" if name == DEEP else f"{int((less[:, 0] < 0).sum())} of {len(less)}",
+        })  # fmt: skip
+    print(report.text_table(rows))
+    for i, metric in enumerate(("NLL", "error", "ECE")):
+        order = sorted(values, key=lambda x: values[x][:, i].mean())
+        print(f"  lowest {metric}: {order[0]}, then {order[1]}", flush=True)
+
+
+PARTS = {
+    "step": step_part,
+    "memory": memory_part,
+    "digits": digits_part,
+    "dimension": dimension_part,
+    "ensembles": ensembles_part,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="less of it, and smaller")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
+    parser.add_argument("--volume-weight", type=float, default=1e-2,
+                        help="of ESPRO, in the ensembles")  # fmt: skip
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks/simplex"),
+                        help="where trained networks are kept")  # fmt: skip
+    options = parser.parse_args()
+    chosen = options.only.split(",")
+    unknown = [name for name in chosen if name not in PARTS]
+    if unknown:
+        parser.error(f"--only has {', '.join(unknown)}; expected some of {', '.join(PARTS)}")
+    print(f"jax {jax.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, "
+          f"load {os.getloadavg()[0]:.1f}")  # fmt: skip
+    table = Table()
+    for name in chosen:
+        PARTS[name](table, options)
+    raise SystemExit(0 if table.show() else 1)
+
+
+if __name__ == "__main__":
+    main()
