@@ -22,8 +22,18 @@ from geojax.ensemble.reliability import (
     top_k_accuracy,
 )
 from geojax.ensemble.scaling import Temperature, fit_temperature, tempered
+from geojax.ensemble.seeds import Interval, SeedComparison, compare_seeds, interval
+from geojax.ensemble.shifts import Corruption, auroc, corrupt, predictive_entropy
 
 __all__ = [
+    "predictive_entropy",
+    "interval",
+    "corrupt",
+    "compare_seeds",
+    "auroc",
+    "SeedComparison",
+    "Interval",
+    "Corruption",
     "Ambiguity",
     "Bins",
     "Calibration",
