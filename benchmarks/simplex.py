@@ -289,11 +289,11 @@ def dimension_part(table, options):
             data[f"{name}_{weight:g}"] = np.array([row[key] for row in rows])
     image = plot.curves(
         [
-            {"x": "connectors", "y": "height of the newest vertex", "log": True,
+            {"x": "connectors", "y": "height of the newest vertex", "log": True, "integers": True,
              "legend": "above", "lines": panels["height"]},
-            {"x": "connectors", "y": "log of the squared volume", "legend": "above",
-             "lines": panels["volume"]},
-            {"x": "connectors", "y": "worst training loss (nats)", "log": True,
+            {"x": "connectors", "y": "log of the squared volume", "integers": True,
+             "legend": "above", "lines": panels["volume"]},
+            {"x": "connectors", "y": "worst training loss (nats)", "integers": True,
              "legend": "above", "lines": panels["worst"]},
         ],
         size=(3.6, 2.9),

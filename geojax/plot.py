@@ -567,7 +567,7 @@ def complex(
     label: str = "loss",
     percent: bool = False,
     view: tuple[float, float] = (22.0, -62.0),
-    size: tuple[float, float] = (5.0, 3.6),
+    size: tuple[float, float] = (5.4, 3.6),
 ) -> Any:
     """A complex of low loss in two or three dimensions: vertices, edges and translucent triangles.
 
@@ -612,12 +612,12 @@ def complex(
         raise ValueError(f"values have shape {np.shape(values)}; expected one for each point.")
     with matplotlib.rc_context({**_STYLE, "axes.grid": depth == 3}):
         figure = Figure(figsize=size, layout="none")
-        room = 0.68 if values is not None else 0.86
+        room = 0.66 if values is not None else 0.86
         if depth == 3:
             axes = figure.add_axes((0.0, 0.03, room, 0.97), projection="3d")
             axes.view_init(*view)
         else:
-            axes = figure.add_axes((0.13, 0.13, room - 0.03, 0.8))
+            axes = figure.add_axes((0.12, 0.13, room - 0.04, 0.8))
         _skeleton(axes, at, simplices)
         if drawn is not None:
             look = {"s": 14, "lw": 0, "zorder": 3}
@@ -625,7 +625,7 @@ def complex(
                 axes.scatter(*drawn.T, color="#777777", **look)
             else:
                 shown = axes.scatter(*drawn.T, c=np.asarray(values), cmap="viridis_r", **look)
-                beside = figure.add_axes((0.86, 0.2, 0.03, 0.6))
+                beside = figure.add_axes((0.82, 0.2, 0.03, 0.6))
                 bar = figure.colorbar(shown, cax=beside)
                 if percent:
                     from matplotlib.ticker import PercentFormatter
@@ -662,11 +662,11 @@ def _skeleton(axes: Any, at: np.ndarray, simplices: Sequence[Sequence[int]]) -> 
 def _vertices(axes: Any, at: np.ndarray, modes: set[int], names: Any) -> None:
     from matplotlib.patheffects import withStroke
 
+    other = "connector" if len(modes) > 1 else "added vertex" if modes else "vertex"
     kinds = (
         ("network", "o", _COLORS[1], [i for i in range(len(at)) if i in modes]),
-        ("connector" if modes else "vertex", "s", _COLORS[0],
-         [i for i in range(len(at)) if i not in modes]),
-    )  # fmt: skip
+        (other, "s", _COLORS[0], [i for i in range(len(at)) if i not in modes]),
+    )
     for kind, marker, color, chosen in kinds:
         if chosen:
             axes.plot(

@@ -1,0 +1,262 @@
+"""The faces of a complex, measured and drawn; complexes and decision boundaries in pictures."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import pytest
+
+from geojax import batches, plot, simplex, surface, tree
+from geojax.checkpoint import Checkpointer
+from geojax.surface import planes
+
+X = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+DATA = batches.split({"x": X}, 5)
+CORNERS = {
+    "a": jnp.asarray(np.random.default_rng(1).normal(size=(4, 3, 2)), jnp.float32),
+    "b": jnp.asarray(np.random.default_rng(2).normal(size=(4, 2)), jnp.float32),
+}
+TETRAHEDRON = simplex.single(CORNERS)
+
+
+def metrics(params, batch):
+    out = jnp.tanh(batch["x"] @ params["a"]) @ params["b"]
+    return {"loss": jnp.mean(out**2), "mean": jnp.mean(out)}
+
+
+AVERAGE = batches.mean(metrics, DATA)
+
+
+@pytest.fixture(scope="module")
+def found():
+    triangles = simplex.faces(TETRAHEDRON, 2)
+    return surface.faces(metrics, CORNERS, triangles, DATA, num=5)
+
+
+def panels(figure):
+    """Axes without the colour bar."""
+    return [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+
+
+def png(figure):
+    image = plot.png(figure)
+    pixels = matplotlib.image.imread(io.BytesIO(image))
+    assert image[:8] == b"\x89PNG\r\n\x1a\n"
+    return pixels
+
+
+# ---------------------------------------------------------------------------------- measured
+
+
+def test_values_are_those_of_direct_evaluation(found):
+    assert [face.triangle for face in found] == [(0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3)]
+    members = tree.unstack(CORNERS)
+    for face in found:
+        assert face.plane.coordinates.shape == (5, 5, 2)
+        for i, j in ((0, 0), (1, 3), (4, 2)):
+            point = face.plane.frame.point(face.plane.coordinates[i, j])
+            for name, value in AVERAGE(point).items():
+                np.testing.assert_allclose(face.plane.values[name][i, j], value, rtol=1e-6)
+        # The corners' own losses, at their own coordinates.
+        for place, vertex in zip(face.plane.frame.points, face.triangle, strict=True):
+            at = AVERAGE(face.plane.frame.point(place))["loss"]
+            np.testing.assert_allclose(at, AVERAGE(members[vertex])["loss"], rtol=1e-5)
+
+
+def test_coordinates_keep_the_shape_of_the_triangle(found):
+    between = simplex.distances(CORNERS)
+    for face in found:
+        places = face.plane.frame.points
+        sides = np.linalg.norm(places[:, None] - places[None], axis=-1)
+        wanted = between[np.ix_(face.triangle, face.triangle)]
+        np.testing.assert_allclose(sides, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.25])
+def test_a_triangle_fills_its_square_but_for_the_margin(margin):
+    (face,) = surface.faces(metrics, CORNERS, [(3, 0, 2)], DATA, num=3, margin=margin)
+    low, high = face.plane.coordinates.min((0, 1)), face.plane.coordinates.max((0, 1))
+    corners = face.plane.frame.points
+    wide = np.ptp(corners, axis=0)
+    np.testing.assert_allclose(high - low, (1 + 2 * margin) * wide.max(), rtol=1e-12)
+    np.testing.assert_allclose((low + high) / 2, (corners.min(0) + corners.max(0)) / 2, atol=1e-12)
+
+
+def test_an_interrupted_mosaic_goes_on_where_it_was(found, tmp_path, monkeypatch):
+    triangles = simplex.faces(TETRAHEDRON, 2)
+    calls, measure = [], planes._measure
+
+    def stopping(*args):
+        calls.append(args[1])
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    def run():
+        return surface.faces(
+            metrics, CORNERS, triangles, DATA, num=5,
+            checkpoints=lambda i: Checkpointer(tmp_path / str(i), every=5),
+        )  # fmt: skip
+
+    monkeypatch.setattr(planes, "_measure", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    again = run()
+    # The one that was stopped, and the one whose value was still awaited.
+    assert len(calls) <= 4 * 25 + 2
+    for first, second in zip(found, again, strict=True):
+        np.testing.assert_array_equal(first.plane.values["loss"], second.plane.values["loss"])
+
+
+def test_statistics_belong_to_each_position():
+    def with_state(params, state, batch):
+        return {"loss": metrics(params, batch)["loss"] - state}
+
+    (face,) = surface.faces(
+        with_state, CORNERS, [(0, 1, 2)], DATA, num=2, state_fn=lambda p: AVERAGE(p)["loss"]
+    )
+    np.testing.assert_allclose(face.plane.values["loss"], 0, atol=1e-6)
+
+
+def test_what_is_no_triangle_is_refused_before_anything_is_measured(monkeypatch):
+    def forbidden(*args):
+        raise AssertionError("a position was measured")
+
+    monkeypatch.setattr(planes, "_measure", forbidden)
+    flat = {"w": jnp.asarray([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [2.0, 0.0]])}
+    for vertices, triangles, options, words in (
+        (CORNERS, [], {}, "got none"),
+        (CORNERS, [(0, 1)], {}, "three different indices"),
+        (CORNERS, [(0, 1, 4)], {}, "from 0 to 3"),
+        (CORNERS, [(0, 1, 1)], {}, "three different indices"),
+        (CORNERS, [(0, 1, 2)], {"num": 1}, "at least 2"),
+        (CORNERS, [(0, 1, 2)], {"margin": -0.1}, "at least 0"),
+        (flat, [(0, 1, 2), (0, 1, 3)], {}, r"triangle \(0, 1, 3\).*on a line"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            surface.faces(metrics, vertices, triangles, DATA, **options)
+
+
+# ------------------------------------------------------------------------------------- drawn
+
+
+def test_a_tetrahedron_has_four_panels_in_one_scale(found):
+    figure = plot.faces(found, "loss", names=["w", "x", "y", "z"])
+    drawn = panels(figure)
+    assert len(drawn) == 4
+    pooled = np.concatenate([face.plane.values["loss"].ravel() for face in found])
+    for axes, face in zip(drawn, found, strict=True):
+        filled = axes.collections[0]
+        # A hair wider, so that both ends are drawn.
+        hair = 2e-9 * np.ptp(pooled)
+        ends = [pooled.min(), pooled.max()]
+        np.testing.assert_allclose(filled.levels[[0, -1]], ends, rtol=0, atol=hair)
+        triangle = axes.lines[0].get_xydata()
+        np.testing.assert_array_equal(triangle, face.plane.frame.points[[0, 1, 2, 0]])
+        assert [text.get_text() for text in axes.texts] == ["wxyz"[i] for i in face.triangle]
+        assert axes.get_aspect() == 1.0
+    assert png(figure).shape[0] > 300
+
+
+def test_levels_end_at_the_top_and_what_is_not_finite_is_drawn(found):
+    values = {"loss": found[0].plane.values["loss"].copy()}
+    values["loss"][0, 0], values["loss"][0, 1] = np.inf, np.nan
+    spoilt = found[0]._replace(plane=found[0].plane._replace(values=values))
+    top = float(np.median(found[0].plane.values["loss"]))
+    figure = plot.faces([spoilt, *found[1:3]], "loss", top=top, percent=True)
+    assert len(panels(figure)) == 4  # the last one empty
+    assert not panels(figure)[3].axison
+    assert figure.axes[0].collections[0].levels[-1] == pytest.approx(top)
+    png(figure)
+
+
+def test_a_mosaic_that_cannot_be_drawn_is_refused(found):
+    for given, options, words in (
+        ([], {"metric": "loss"}, "at least one face"),
+        (found, {"metric": "error"}, "loss, mean"),
+        (found, {"metric": "loss", "names": ["a"]}, "up to 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plot.faces(given, **options)
+
+
+def test_barycentric_weights_of_a_projection_are_those_of_the_points():
+    principal = surface.principal_directions(CORNERS, 3)
+    np.testing.assert_allclose(principal.explained.sum(), 1, rtol=1e-5)
+    weights = np.asarray(simplex.sample_weights(jax.random.key(0), TETRAHEDRON, 5))
+    for row in weights:
+        away = tree.axpy(-1.0, principal.origin, tree.combine(CORNERS, row))
+        place = [float(tree.vdot(away, u)) for u in tree.unstack(principal.directions)]
+        np.testing.assert_allclose(row @ principal.coordinates, place, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_complex_shows_its_vertices_edges_and_triangles(depth):
+    at = surface.principal_directions(CORNERS, 3).coordinates[:, :depth]
+    simplices = [(0, 2, 3), (1, 2, 3)]
+    weights = np.asarray(simplex.dirichlet(jax.random.key(0), 6, 4))
+    figure = plot.complex(
+        at, simplices, modes=[0, 1], points=weights @ at, values=np.arange(6.0) / 10,
+        names=["w0", "w1", "c1", "c2"], explained=[0.5, 0.3, 0.2], percent=True,
+    )  # fmt: skip
+    axes = figure.axes[0]
+    # Five edges, and the two kinds of vertices.
+    assert len(axes.lines) == 7
+    assert [text.get_text() for text in axes.texts] == ["w0", "w1", "c1", "c2"]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["network", "connector"]
+    assert axes.get_xlabel() == "PC 1 (50 %)"
+    modes = axes.lines[5]
+    x, y = modes.get_data() if depth == 2 else modes.get_data_3d()[:2]
+    np.testing.assert_array_equal([x, y], at[:2, :2].T)
+    png(figure)
+
+
+def test_a_complex_that_cannot_be_drawn_is_refused():
+    at = np.zeros((3, 2))
+    for coordinates, simplices, options, words in (
+        (np.zeros((3, 1)), [(0, 1)], {}, r"\(n, 2\) or \(n, 3\)"),
+        (at, [(0, 3)], {}, "from 0 to 2"),
+        (at, [(0, 1)], {"modes": [3]}, "modes"),
+        (at, [(0, 1)], {"names": ["a"]}, "expected 3"),
+        (at, [(0, 1)], {"points": np.zeros((2, 3))}, r"\(m, 2\)"),
+        (at, [(0, 1)], {"points": np.zeros((2, 2)), "values": [1.0]}, "one for each point"),
+        (at, [(0, 1)], {"values": [1.0]}, "one for each point"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plot.complex(coordinates, simplices, **options)
+
+
+def test_boundaries_run_where_both_classes_are_equally_likely():
+    line = np.linspace(-1, 1, 21)
+    places = np.stack(np.meshgrid(line, line), axis=-1)
+    found = 1 / (1 + np.exp(-4 * (places[..., 0] - 0.3)))
+    figure = plot.boundaries(
+        {"a": found, "b": found.T, "certain": np.ones_like(found)}, places,
+        inputs=[[0.0, 0.0], [0.5, 0.5]], labels=[0, 1], columns=2,
+    )  # fmt: skip
+    drawn = panels(figure)
+    assert [axes.get_title(loc="left") for axes in drawn] == ["a", "b", "certain", ""]
+    boundary = drawn[0].collections[1].get_paths()[0].vertices
+    np.testing.assert_allclose(boundary[:, 0], 0.3, atol=1e-3)
+    np.testing.assert_allclose(
+        drawn[1].collections[1].get_paths()[0].vertices[:, 1], 0.3, atol=1e-3
+    )
+    assert len(drawn[2].collections) == 1
+    assert len(drawn[0].lines) == 2
+    png(figure)
+
+
+def test_boundaries_that_do_not_fit_are_refused():
+    places = np.zeros((3, 4, 2))
+    for panels_, options, words in (
+        ({}, {}, "at least one"),
+        ({"a": np.zeros((4, 3))}, {}, "panel 'a'"),
+        ({"a": np.full((3, 4), 1.5)}, {}, "from 0 to 1"),
+        ({"a": np.zeros((3, 4))}, {"inputs": np.zeros((2, 2))}, "or neither"),
+        ({"a": np.zeros((3, 4))}, {"inputs": np.zeros((2, 2)), "labels": [0]}, "or neither"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plot.boundaries(panels_, places, **options)
