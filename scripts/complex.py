@@ -203,14 +203,6 @@ def make_setup(options: Any, network: checkpoint.Network, data: datasets.Dataset
     return Setup(model, state, task, train, parts, metrics_fn, fresh)
 
 
-def stage_metrics(setup: Setup) -> Any:
-    """What is measured while a complex grows: by a batch's own statistics, where there are some."""
-    if setup.state_fn is None:
-        return setup.metrics_fn
-    loss_fn = objectives.loss(setup.model.apply, setup.state, setup.task)
-    return lambda params, batch: {"loss": loss_fn(params, batch, jax.random.key(0))}
-
-
 def kept(folder: pathlib.Path, name: str, make: Any) -> Any:
     """What `make` measures, read from the folder where it was measured before."""
     path = folder / "state" / f"{name}.json"
@@ -278,7 +270,8 @@ def growth(options: Any, setup: Setup, folder: pathlib.Path) -> dict[str, Any]:
         "volume_weight": options.volume_weight,
         "weight_decay": options.weight_decay,
         "num_eval": options.num_eval,
-        "metrics_fn": stage_metrics(setup),
+        "metrics_fn": setup.metrics_fn,
+        "state_fn": setup.state_fn,
         "eval_batches": setup.parts["train"],
         "checkpoints": lambda s: checkpoint.Checkpointer(folder / f"vertex-{s + 1}", every=every),
     }

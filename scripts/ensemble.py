@@ -74,7 +74,7 @@ def labels_of(paths: list[pathlib.Path]) -> list[str]:
     """The shortest parts of the paths that tell them apart: out/a/network is a."""
     # A run's folder says more than the "network" in it.
     parts = [p.parts[:-1] if p.parts[1:] and p.name == "network" else p.parts for p in paths]
-    while len({p[-1:] for p in parts}) == 1 and min(map(len, parts)) > 1:
+    while len(parts) > 1 and len({p[-1:] for p in parts}) == 1 and min(map(len, parts)) > 1:
         parts = [p[:-1] for p in parts]
     for length in range(1, 1 + max(map(len, parts))):
         ends = ["/".join(p[-length:]) for p in parts]

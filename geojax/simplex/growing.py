@@ -105,6 +105,11 @@ def _mode_distance(modes: PyTree) -> float:
     between = volume.distances(modes)
     if len(between) == 1:
         return float(tree.norm(tree.unstack(modes)[0]))
+    same = np.argwhere(np.triu(between == 0, 1))
+    if len(same):
+        raise ValueError(
+            f"modes {same[0][0]} and {same[0][1]} are the same network; leave one out."
+        )
     return float(between[np.triu_indices(len(between), 1)].mean())
 
 
@@ -141,15 +146,15 @@ def _as_metrics(loss_fn: Callable) -> Callable:
     return lambda params, batch: {"loss": loss_fn(params, batch)}
 
 
-def _measure(loss_fn, metrics_fn, num_points: int, batches: Any, key: jax.Array, options: dict):
+def _measure(loss_fn, metrics_fn, state_fn, num_points: int, batches: Any, key, options: dict):
     """From a complex to its mean and its highest loss, or None where nothing was asked for."""
     if not num_points:
         return lambda complex, stage: None
     if metrics_fn is None:
-        if fit_.takes_key(loss_fn):
+        if state_fn is not None or fit_.takes_key(loss_fn):
             raise ValueError(
-                "num_eval: the loss takes a key, so that it is not a function of the parameters "
-                "alone; give metrics_fn, (params, batch) to a dict with 'loss'."
+                "num_eval: the loss takes a key or a state, so that it is not a function of the "
+                "parameters alone; give metrics_fn, to a dict with 'loss'."
             )
 
         metrics_fn = _as_metrics(loss_fn)
@@ -157,7 +162,7 @@ def _measure(loss_fn, metrics_fn, num_points: int, batches: Any, key: jax.Array,
     def measure(complex, stage):
         found = evaluation.evaluate(
             metrics_fn, complex, batches, num_points, key=jax.random.fold_in(key, stage),
-            choose="volume" if len(set(complex.dimensions)) == 1 else "uniform",
+            choose="volume" if len(set(complex.dimensions)) == 1 else "uniform", state_fn=state_fn,
             mesh=options.get("mesh"), weight_fn=options.get("weight_fn"), progress=False,
         )  # fmt: skip
         return found.metrics["loss"].mean, found.metrics["loss"].highest
@@ -178,7 +183,8 @@ def spro(
     jitter: float = 0.01,
     max_loss: float | None = None,
     num_eval: int = 0,
-    metrics_fn: Callable[[PyTree, PyTree], dict[str, jax.Array]] | None = None,
+    metrics_fn: Callable[..., dict[str, jax.Array]] | None = None,
+    state_fn: Callable[[PyTree], PyTree] | None = None,
     eval_batches: Any = None,
     checkpoints: Callable[[int], Any] | None = None,
     **options: Any,
@@ -205,7 +211,9 @@ def spro(
         max_loss: Growth stops at the first vertex with which the highest loss found exceeds this;
             that vertex is taken back. Needs `num_eval`.
         num_eval: Points at which the loss of each stage's complex is measured; 0 for none.
-        metrics_fn: `(params, batch)` to a dict with 'loss', for a loss that takes a key.
+        metrics_fn: `(params, batch)` to a dict with 'loss', for a loss that takes a key; with
+            `state_fn`, `(params, state, batch)`.
+        state_fn: As for `simplex.evaluate`, for networks with BatchNorm.
         eval_batches: The data of that; by default `batches`.
         checkpoints: From the number of the stage to its `Checkpointer`; the same call then goes on
             where it was stopped.
@@ -235,7 +243,9 @@ def spro(
     complex = star(modes)
     steps = _steps(num_steps, int(num_connectors))
     data = batches if eval_batches is None else eval_batches
-    measure = _measure(loss_fn, metrics_fn, num_eval, data, jax.random.fold_in(key, 2**31), options)
+    measure = _measure(
+        loss_fn, metrics_fn, state_fn, num_eval, data, jax.random.fold_in(key, 2**31), options
+    )
     scale = _mode_distance(modes)
     stages: list[Stage] = []
     for s, count in enumerate(steps):
@@ -273,7 +283,8 @@ def espro(
     from_scratch: bool = False,
     jitter: float = 0.01,
     num_eval: int = 0,
-    metrics_fn: Callable[[PyTree, PyTree], dict[str, jax.Array]] | None = None,
+    metrics_fn: Callable[..., dict[str, jax.Array]] | None = None,
+    state_fn: Callable[[PyTree], PyTree] | None = None,
     eval_batches: Any = None,
     checkpoints: Callable[[int], Any] | None = None,
     **options: Any,
@@ -296,6 +307,7 @@ def espro(
         jitter: As for `spro`.
         num_eval: As for `spro`.
         metrics_fn: As for `spro`.
+        state_fn: As for `spro`.
         eval_batches: As for `spro`.
         checkpoints: As for `spro`.
         **options: Of `simplex.fit`.
@@ -317,12 +329,15 @@ def espro(
     _reserved(options)
     if not isinstance(num_vertices, (int, np.integer)) or num_vertices < 2:
         raise ValueError(f"num_vertices is {num_vertices!r}; expected an integer of at least 2.")
+    _mode_distance(modes)  # refuses a mode given twice
     members = tree.unstack(modes)
     complexes = [single(tree.stack([x])) for x in members]
     first = 0 if from_scratch else 1
     steps = _steps(num_steps, int(num_vertices) - first)
     data = batches if eval_batches is None else eval_batches
-    measure = _measure(loss_fn, metrics_fn, num_eval, data, jax.random.fold_in(key, 2**31), options)
+    measure = _measure(
+        loss_fn, metrics_fn, state_fn, num_eval, data, jax.random.fold_in(key, 2**31), options
+    )
     stages: list[tuple[Stage, ...]] = []
     for s, count in enumerate(steps):
         stage_key = jax.random.fold_in(key, s)

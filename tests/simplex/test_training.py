@@ -530,6 +530,29 @@ def test_a_star_grows_a_simplex_between_modes_and_stops_at_the_loss():
     assert grown == [2, 4]
 
 
+def test_a_mode_given_twice_is_refused():
+    mode = tree.unstack(points(66, 1))[0]
+    for grow in (simplex.spro, simplex.espro):
+        with pytest.raises(ValueError, match="modes 0 and 1 are the same network"):
+            grow(loss_fn, tree.stack([mode, mode]), data(), optax.sgd(0.1), 1, key=KEY)
+
+
+def test_a_network_with_state_is_measured_with_the_state_of_each_point():
+    modes = points(67, 2)
+
+    def metrics_fn(params, state, batch):
+        return {"loss": loss_fn(params, batch) + state}
+
+    grown = {
+        shift: simplex.spro(
+            loss_fn, modes, data(), optax.sgd(0.1), 5, key=KEY, num_eval=20, num_samples=1,
+            metrics_fn=metrics_fn, state_fn=lambda params, s=shift: jnp.float32(s),
+        ).stages[0]
+        for shift in (0.0, 1.0)
+    }  # fmt: skip
+    assert grown[1.0].mean_loss == pytest.approx(grown[0.0].mean_loss + 1, rel=1e-5)
+
+
 def test_an_edge_that_collapsed_is_reported():
     modes = points(61, 1)
     with pytest.warns(simplex.CollapsedWarning, match="one network"):
