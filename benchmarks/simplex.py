@@ -121,27 +121,52 @@ def problem(widths):
     return model, ends, batches.split(data, 128)
 
 
+def compiled(made, batch):
+    """The compiled step of what `simplex.fit` prepares, and a state to begin with."""
+    step = fit.make_step(
+        made.loss, made.optimizer, has_metrics=True, regularizer=made.regularizer,
+        frozen=made.frozen,
+    )  # fmt: skip
+    state = fit.init(made.parts, made.optimizer, key=jax.random.key(0))
+    return jax.jit(step, donate_argnums=0).lower(state, batch).compile(), state
+
+
+def prepared(loss_fn, vertices, optimizer, **options):
+    options = {"num_samples": 5, "samples": "sequential"} | options
+    return training._prepare(
+        loss_fn, simplex.single(tree.stack(vertices)), optimizer, free=(-1,), together="vmap",
+        volume_weight=1e-3, reduction="mean", choose="volume", weight_decay=0.0, decay="point",
+        stochastic="shared", volumes="all", similarity_weight=0.0, **options,
+    )  # fmt: skip
+
+
+def stepping(step, state, batch, num_steps):
+    """A run of steps in the same buffers."""
+    kept = [state]
+
+    def run():
+        for _ in range(num_steps):
+            kept[0], _ = step(kept[0], batch)
+        return kept[0].params
+
+    return run
+
+
 def step_part(table, options):
-    heading(
-        "A step of a simplex with 5 samples, SGD with momentum, batches of 128, volume weight on"
-    )
-    rounds = 3 if options.quick else 7
+    heading("A step of a simplex, SGD with momentum, batches of 128, weight of the volume on")
+    rounds = 3 if options.quick else 9
     for name, (widths, num_steps) in SIZES.items():
         model, ends, source = problem(widths)
         loss_fn, optimizer = objectives.loss(model.apply, {}), optax.sgd(0.01, 0.9)
-        common = {"key": jax.random.key(0), "progress": False}
-
-        def grown(num, num_samples, loss_fn=loss_fn, ends=ends, source=source, steps=num_steps,
-                  optimizer=optimizer, common=common):  # fmt: skip
-            start = simplex.single(tree.stack(ends[:num]))
-            return lambda: simplex.fit(
-                loss_fn, start, source, optimizer, steps, num_samples=num_samples,
-                volume_weight=1e-3, **common,
-            ).complex.vertices  # fmt: skip
-
-        runs = {"plain": lambda f=fit.fit, a=(loss_fn, ends[0], source, optimizer, num_steps),
-                k=common: f(*a, **k).params}  # fmt: skip
-        runs |= {f"{n} vertices, {s} samples": grown(n, s) for n in (2, 8) for s in (1, 5)}
+        batch = next(iter(source))
+        state = fit.init(ends[0], optimizer, key=jax.random.key(0))
+        plain = jax.jit(fit.make_step(loss_fn, optimizer), donate_argnums=0)
+        runs = {"plain": stepping(plain.lower(state, batch).compile(), state, batch, num_steps)}
+        for num in (2, 8):
+            for samples in (1, 5):
+                made = prepared(loss_fn, ends[:num], optimizer, num_samples=samples)
+                step = compiled(made, batch)
+                runs[f"{num} vertices, {samples} samples"] = stepping(*step, batch, num_steps)
         spent = least(runs, rounds)
         for label, seconds in spent.items():
             print(f"  {name}, {label}: {1e3 * seconds / num_steps:.2f} ms of CPU a step")
@@ -154,6 +179,7 @@ def step_part(table, options):
 
 
 def memory_part(table, options):
+    del options
     heading("Memory of a compiled step, in multiples of the parameters (XLA's own account)")
     model, ends, source = problem([612, 612, 612])
     batch = next(iter(source))
@@ -162,19 +188,8 @@ def memory_part(table, options):
     rows, arguments = [], []
     for samples in ("sequential", "vmap"):
         for num in (2, 4, 8):
-            made = training._prepare(
-                loss_fn, simplex.single(tree.stack(ends[:num])), optimizer, free=(-1,),
-                together="vmap", volume_weight=1e-3, num_samples=5, samples=samples,
-                reduction="mean", choose="volume", weight_decay=0.0, decay="point",
-                stochastic="shared", volumes="all", similarity_weight=0.0,
-            )  # fmt: skip
-            step = fit.make_step(
-                made.loss, made.optimizer, has_metrics=True, regularizer=made.regularizer,
-                frozen=made.frozen,
-            )  # fmt: skip
-            state = fit.init(made.parts, made.optimizer, key=jax.random.key(0))
-            step = jax.jit(step, donate_argnums=0)
-            found = step.lower(state, batch).compile().memory_analysis()
+            made = prepared(loss_fn, ends[:num], optimizer, samples=samples)
+            found = compiled(made, batch)[0].memory_analysis()
             rows.append({
                 "samples": samples, "vertices": num,
                 "arguments": f"{found.argument_size_in_bytes / size:.2f}",

@@ -365,9 +365,7 @@ def _make_parts(loss_fn, optimizer, has_metrics, regularizer, transform, frozen)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), means["grads"], params)
         metrics = {"loss": loss} | means["metrics"]
         if regularizer is not None:
-            (total, parts), extra = jax.value_and_grad(penalty, has_aux=True)(
-                params, state.step
-            )
+            (total, parts), extra = jax.value_and_grad(penalty, has_aux=True)(params, state.step)
             grads = jax.tree.map(jnp.add, grads, extra)
             metrics = {"loss": loss + total, "data_loss": loss} | parts | means["metrics"]
         grads = _keep(masks, jax.tree.map(jnp.zeros_like, grads), grads)

@@ -61,7 +61,12 @@ from geojax.simplex.volume import (
     square_volume,
     widths,
 )
-from geojax.simplex.weights import Target, original_weight, random_log_square_volume
+from geojax.simplex.weights import (
+    Target,
+    normalized_weight,
+    original_weight,
+    random_log_square_volume,
+)
 
 __all__ = [
     "Choice",
@@ -107,6 +112,7 @@ __all__ = [
     "members",
     "nearest",
     "nearest_weights",
+    "normalized_weight",
     "original_log_volume",
     "original_weight",
     "predict",

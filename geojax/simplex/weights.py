@@ -5,7 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Target", "original_weight", "random_log_square_volume"]
+from geojax.simplex import volume
+from geojax.simplex.complexes import SimplicialComplex
+
+__all__ = ["Target", "normalized_weight", "original_weight", "random_log_square_volume"]
 
 
 class Target(NamedTuple):
@@ -72,3 +75,35 @@ def original_weight(scale: float, log_square_volume: float, floor: float = 1e-8)
     with np.errstate(divide="ignore"):
         weight = float(np.float64(scale) / np.float64(value))
     return max(weight, floor)
+
+
+def normalized_weight(scale: float, complex: SimplicialComplex) -> float:
+    """A weight in units of the log volume of a random complex, as Benton et al. state theirs.
+
+    Args:
+        scale: The weight per log volume of the random complex; what suits one network and one
+            number of vertices is meant to suit others. The paper's 1e-8 does nothing.
+        complex: A complex of the same simplices whose vertices are fresh initialisations.
+
+    Returns:
+        `scale` over the log of the complex's total volume.
+
+    Raises:
+        ValueError: If that volume is not more than 1, where the rule turns its sign.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from geojax.simplex import single
+        >>> round(normalized_weight(0.1, single({"w": 100 * jnp.eye(3)})), 4)
+        0.011
+
+    Reference:
+        Benton et al., 2021, section 4: the weight is scaled by a random complex's volume.
+    """
+    log_volume = float(volume.log_total_volume(complex))
+    if not log_volume > 0:
+        raise ValueError(
+            f"the random complex has a log volume of {log_volume:.4g}; expected more than 0. Give "
+            "volume_weight itself, 1e-3 to 1e-2 of the loss."
+        )
+    return scale / log_volume

@@ -338,6 +338,11 @@ def test_a_schedule_a_target_and_the_originals_rule_weigh_the_volume():
         pytest.approx(1e-2, rel=1e-2)
     )
     assert simplex.original_weight(1e-6, -3.0) == 1e-8
+    wide = simplex.single(points(19, 3, scale=10.0))
+    expected = 0.1 / exact_log_volume(rows(wide.vertices))
+    assert simplex.normalized_weight(0.1, wide) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="more than 0"):
+        simplex.normalized_weight(0.1, simplex.single(points(19, 3, scale=0.01)))
 
 
 def test_a_weight_that_does_nothing_is_reported():
