@@ -352,6 +352,7 @@ def _make_parts(loss_fn, optimizer, has_metrics, regularizer, transform, frozen)
     with_step = regularizer is not None and _takes_step(regularizer)
 
     def penalty(params, step):
+        assert regularizer is not None
         parts = regularizer(params, step) if with_step else regularizer(params)
         parts, measured = parts if isinstance(parts, tuple) else (parts, {})
         parts = parts if isinstance(parts, dict) else {"regularizer": parts}
