@@ -287,6 +287,18 @@ def test_the_log_holds_parts_that_sum_to_the_total(tmp_path):
     np.testing.assert_allclose(result.history["loss"], [row["loss"] for row in steps])
 
 
+def test_a_regularizer_may_know_the_step_and_log_what_is_not_added():
+    def penalty(params, step):
+        weight = 0.1 * step.astype(jnp.float32)
+        square = tree.vdot(params, params)
+        return {"decay": weight * square}, {"square": square}
+
+    result = fit.fit(loss_fn, network(), shuffled(), optimizer(), 3, key=KEY, regularizer=penalty)
+    found = result.history
+    np.testing.assert_allclose(found["decay"], 0.1 * np.arange(3) * found["square"], rtol=1e-5)
+    np.testing.assert_allclose(found["loss"], found["data_loss"] + found["decay"], rtol=1e-6)
+
+
 def test_a_resumed_log_has_each_step_once(tmp_path):
     log = tmp_path / "log.jsonl"
     checkpoint = Memory(every=4)

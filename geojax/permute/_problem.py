@@ -339,7 +339,7 @@ class Problem:
         return (left @ right.T).reshape(na, ka, nb, kb).transpose(0, 2, 1, 3)
 
     def _solve_nested(self, root: Key, state: State, terms: Sequence[int]) -> dict[Key, Hard]:
-        from geojax.permute.matching import solve_from_scratch
+        from geojax.permute._solvers import solve_from_scratch
 
         below = self.family[root]
         size_a, size_b = self.sizes[root]

@@ -15,7 +15,7 @@ import numpy as np
 
 from geojax import assignment, tree
 from geojax import progress as bars
-from geojax.permute import matching
+from geojax.permute import _solvers, matching
 from geojax.permute._problem import (
     Dense,
     Hard,
@@ -212,7 +212,7 @@ def _rounds(
                 methods = ["coordinate_descent"]
                 if round_ == 1 and method is not None and method != "coordinate_descent":
                     methods.append(method)
-                runs = [matching.run_method(problem, m, start, rng) for m in methods]
+                runs = [_solvers.run_method(problem, m, start, rng) for m in methods]
                 state, value = max(runs, key=lambda x: x[1])
                 slack = _TOLERANCE * max(abs(problem.bound), np.finfo(np.float64).tiny)
                 if value - before > slack:
@@ -317,7 +317,7 @@ def cycle_consistent_matching(
         for i in range(num):
             if i != center:
                 problem = _towards(frame, center, i)
-                frame.put(i, matching.run_method(problem, method, problem.identity(), rng)[0])
+                frame.put(i, _solvers.run_method(problem, method, problem.identity(), rng)[0])
             update(i + 1)
     frame.refresh()
     history = [frame.objective()]
@@ -349,7 +349,7 @@ def _medoid(frame: _Frame, rng: np.random.Generator) -> int:
     value = np.zeros((num, num))
     for i, j in itertools.combinations(range(num), 2):
         problem = _towards(frame, i, j)
-        _, found = matching.run_method(problem, "progressive", problem.identity(), rng)
+        _, found = _solvers.run_method(problem, "progressive", problem.identity(), rng)
         value[i, j] = value[j, i] = found / max(problem.bound, np.finfo(np.float64).tiny)
     return int(value.sum(1).argmax())
 
@@ -526,7 +526,7 @@ def _line_search(frame: _Frame, paths: Mapping[int, _Path]) -> float:
         found[0] -= sum(inner(x, x) for x in still)
         total = np.pad(total, (0, max(0, len(found) - len(total))))
         total[: len(found)] += found / 2
-    return matching.highest(total)
+    return _solvers.highest(total)
 
 
 def synchronize(

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from scipy.spatial.distance import cdist
 
 from geojax import permute
-from geojax.permute import _problem, matching
+from geojax.permute import _problem, _solvers, matching
 from geojax.symmetry import Factor, Group, Leaf, PermutationSpec, Product, SpecError, action
 
 METHODS = ["coordinate_descent", "progressive", "frank_wolfe", "best"]
@@ -367,11 +367,11 @@ def test_the_exact_step_is_the_best_of_a_fine_grid():
             key: _problem.Dense(np.eye(n)[rng.permutation(n)] * 0.4 + 0.6 / n)
             for key, (n, _) in problem.sizes.items()
         }
-        gap, length, corners = matching._direction(problem, state, problem.plain)
+        gap, length, corners = _solvers._direction(problem, state, problem.plain)
         assert gap >= 0
-        along = [problem.value(matching._between(state, corners, t)) for t in grid[1:-1]]
+        along = [problem.value(_solvers._between(state, corners, t)) for t in grid[1:-1]]
         best = max([problem.value(state), *along])
-        found = problem.value(matching._between(state, corners, length) if length else state)
+        found = problem.value(_solvers._between(state, corners, length) if length else state)
         assert found >= best - 1e-6 * abs(best)
 
 
