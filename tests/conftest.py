@@ -6,8 +6,8 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Workers that each start a BLAS thread per core only wait for one another.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Collectives that run at once on eight devices need a thread each, or wait for one another for ever:
-# by default XLA's pool is as large as the machine.
+# Collectives that run at once on eight devices need a thread each, or wait for one another for
+# ever: by default XLA's pool is as large as the machine.
 os.environ.setdefault("PJRT_NPROC", "32")
 os.environ.setdefault("NPROC", "32")
 # The programs under test are small and run a few times each: compiling them is most of the work,
