@@ -22,7 +22,6 @@ import argparse
 import os
 import pathlib
 import platform
-import time
 import warnings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -30,10 +29,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
+from common import Table, decayed, heading, least, stored  # noqa: E402
 
 from geojax import (  # noqa: E402
     batches,
-    checkpoint,
     curves,
     datasets,
     ensemble,
@@ -47,59 +46,8 @@ from geojax import (  # noqa: E402
 )
 from geojax.simplex import training  # noqa: E402
 
-BEGIN = time.perf_counter()
 # As the digits of the tour.
 MLP = {"widths": [64, 64], "initializer": "he"}
-
-
-class Table:
-    """Claims with what was measured."""
-
-    def __init__(self):
-        self.rows = []
-
-    def add(self, claim, sign, limit, value):
-        holds = value <= limit if sign == "<=" else value >= limit
-        verdict = "met" if holds else "MISSED"
-        row = {"claim": claim, "target": f"{sign} {limit:g}", "measured": f"{value:.4g}",
-               "verdict": verdict}  # fmt: skip
-        self.rows.append(row)
-        print("  " + "   ".join(row.values()), flush=True)
-
-    def show(self):
-        if not self.rows:
-            return True
-        print("\n" + report.text_table(self.rows))
-        return all(row["verdict"] == "met" for row in self.rows)
-
-
-def heading(text):
-    print(f"\n[{time.perf_counter() - BEGIN:.0f} s] {text}", flush=True)
-
-
-def least(runs, rounds):
-    """The least CPU seconds of each run, interleaved; the first round compiles and is left out."""
-    best = dict.fromkeys(runs, float("inf"))
-    for i in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.process_time()
-            jax.block_until_ready(run())
-            if i:
-                best[name] = min(best[name], time.process_time() - start)
-    return best
-
-
-def stored(folder, make):
-    """What `make` trains, from the folder where it was kept."""
-    if not (folder / "geojax.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(folder, make())
-    return checkpoint.load(folder)[0]
-
-
-def decayed(rate, weight_decay=5e-4):
-    """SGD with momentum and coupled decay."""
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, 0.9))
 
 
 # -------------------------------------------------------------------------------------- the costs

@@ -91,6 +91,7 @@ def _as_metrics(loss_fn: Callable) -> Callable:
 
 
 def measured_by(loss_fn: Callable, measure_fn: Callable | None) -> Callable:
+    """The loss by which a path is judged; raises where a loss with a key has none beside it."""
     if measure_fn is None and fit_.takes_key(loss_fn):
         raise ValueError(
             "loss_fn takes a key: give measure_fn, the loss without noise by which paths are "
