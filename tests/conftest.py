@@ -8,8 +8,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Collectives that run at once on eight devices need a thread each, or wait for one another for
 # ever: by default XLA's pool is as large as the machine.
-os.environ.setdefault("PJRT_NPROC", "32")
-os.environ.setdefault("NPROC", "32")
+os.environ.setdefault("PJRT_NPROC", "16")
+os.environ.setdefault("NPROC", "16")
 # The programs under test are small and run a few times each: compiling them is most of the work,
 # and LLVM's optimiser much of that. `make demo` and the benchmarks compile as users do.
 os.environ.setdefault(
