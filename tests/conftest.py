@@ -1,5 +1,6 @@
 """Strict numerics, eight CPU devices and a compilation cache for every test."""
 
+import gc
 import os
 import pathlib
 
@@ -36,6 +37,22 @@ def mesh(request):
     """A (data=4, model=2) mesh over eight CPU devices: once with Auto axes, once with Explicit."""
     kind = jsh.AxisType.Auto if request.param == "auto" else jsh.AxisType.Explicit
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+
+
+_MAPS = pathlib.Path("/proc/self/maps")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_compiled_programs():
+    """Let go of compiled programs between modules, when many have come together.
+
+    A program holds a few memory maps, and Linux gives a process 65530: after some thousand
+    programs the next compilation ends in a segmentation fault.
+    """
+    yield
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
