@@ -3,6 +3,7 @@
 import time
 
 import jax
+import numpy as np
 import optax
 
 from geojax import checkpoint, report
@@ -58,3 +59,12 @@ def stored(folder, make):
 def decayed(rate, weight_decay=5e-4):
     """SGD with momentum and coupled decay."""
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(rate, 0.9))
+
+
+def spread(values, digits, scale=1.0):
+    """The mean over the seeds, and half the width of its 95 % t-interval."""
+    from scipy import stats
+
+    values = scale * np.asarray(values)
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"

@@ -30,7 +30,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
-from common import Table, decayed, heading, least, stored  # noqa: E402
+from common import Table, decayed, heading, least, spread, stored  # noqa: E402
 
 from geojax import (  # noqa: E402
     batches,
@@ -355,15 +355,6 @@ def apart(points):
             for a, b in zip(members, members[1:], strict=False)
         ]
     )
-
-
-def spread(values, digits, scale=1.0):
-    """The mean over the seeds, and half the width of its 95 % t-interval."""
-    from scipy import stats
-
-    values = scale * np.asarray(values)
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
 
 
 def compare(setting, seeds, kept):

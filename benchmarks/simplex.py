@@ -7,8 +7,12 @@ Ratios of costs are of process CPU time, the sides interleaved, the least of sev
   memory     what a step holds, in multiples of the parameters, for two to eight vertices
   digits     volumes between two and four modes; the effect of the volume's weight
   dimension  one connector after another: heights, volume and worst loss, with a figure
+  scratch    lines and triangles trained from scratch, with shared and layer-wise coefficients:
+             their midpoints against their vertices, over five seeds
+  soup       centroids of simplexes between networks and within one's surroundings, against their
+             vertices
   ensembles  ESPRO, a deep ensemble, FGE and SWAG on Fashion-MNIST at equal numbers of gradients,
-             over five seeds. No target: it says who wins
+             with rates chosen on validation data, over five seeds. No target: it says who wins
 
   python benchmarks/simplex.py
   python benchmarks/simplex.py --only step,memory
@@ -19,9 +23,11 @@ Fashion-MNIST is read below GEOJAX_DATA_DIR and left out without it. Trained net
 """
 
 import argparse
+import json
 import os
 import pathlib
 import platform
+import time
 import warnings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -29,7 +35,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
-from common import Table, decayed, heading, least, stored  # noqa: E402
+from common import Table, decayed, heading, least, spread, stored  # noqa: E402
 
 from geojax import (  # noqa: E402
     batches,
@@ -267,6 +273,71 @@ def dimension_part(table, options):
     print(f"\n  {options.out / 'dimension.png'}")
 
 
+def scratch_part(table, options):
+    heading("Digits: subspaces from scratch; test error in points, five seeds")
+    digits = Digits(options, ())
+    errors = batches.mean(objectives.metrics(digits.model.apply, {}), digits.data.test)
+    steps = digits.epochs * len(digits.source)
+    rows = []
+    for name, num in (("line", 2), ("triangle", 3)):
+        for layerwise in (False, True):
+            found = []
+            for seed in range(2 if options.quick else 5):
+                keys = jax.random.split(jax.random.key(50 + seed), num)
+                start = [digits.model.init(k, digits.data.train.inputs[:1])[0] for k in keys]
+                trained = simplex.fit(
+                    digits.loss, simplex.single(tree.stack(start)), digits.source,
+                    decayed(fit.warmup_cosine(0.05, steps), 0.0), steps, key=jax.random.key(seed),
+                    free=range(num), num_samples=1, weight_decay=5e-4, similarity_weight=1.0,
+                    layerwise=layerwise, progress=False,
+                ).complex.vertices  # fmt: skip
+                ends = [100 * float(errors(x)["error"]) for x in tree.unstack(trained)]
+                middle = 100 * float(errors(simplex.centroid(trained))["error"])
+                found.append((middle, min(ends), float(simplex.distances(trained)[0, 1])))
+            middle, best, apart = np.array(found).T
+            kind = f"{name}, {'layer-wise' if layerwise else 'shared'}"
+            rows.append({"subspace": kind, "midpoint": spread(middle, 2),
+                         "best vertex": spread(best, 2), "less": spread(middle - best, 2),
+                         "distance of vertices": spread(apart, 1)})  # fmt: skip
+            table.add(f"{kind} coefficients: midpoint less best vertex, points", "<=", 0.5,
+                      (middle - best).mean())  # fmt: skip
+    print("  " + report.text_table(rows).replace("\n", "\n  "))
+
+
+def soup_part(table, options):
+    heading("Digits: the NLL of a simplex's centroid over the mean of its vertices'")
+    digits = Digits(options, range(3))
+    steps = digits.epochs * len(digits.source)
+    metrics_fn = objectives.metrics(digits.model.apply, {})
+    rows, within = [], []
+
+    def ratios(kind, vertices):
+        found = []
+        for part in ("train", "test"):
+            mean = batches.mean(metrics_fn, getattr(digits.data, part))
+            ends = [float(mean(x)["loss"]) for x in tree.unstack(vertices)]
+            found.append(float(mean(simplex.centroid(vertices))["loss"]) / np.mean(ends))
+        rows.append({"simplex": kind, "train": f"{found[0]:.3f}", "test": f"{found[1]:.3f}"})
+        return found
+
+    for seed, mode in enumerate(digits.modes):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            grown = simplex.espro(
+                digits.loss, tree.stack([mode]), digits.source,
+                optax.sgd(fit.three_phase(0.03, steps), 0.9), steps, key=jax.random.key(5),
+                num_vertices=3, volume_weight=1e-2, weight_decay=5e-4, progress=False,
+            ).complexes[0]  # fmt: skip
+        within.append(ratios(f"grown from network {seed}", grown.vertices)[1])
+    between = digits.grow(2, 3, 1e-2).complex
+    for s, members in enumerate(between.simplices):
+        chosen = tree.stack([simplex.vertex(between, i) for i in members])
+        ratios(f"mode {s} and three connectors", chosen)
+    print("  " + report.text_table(rows).replace("\n", "\n  "))
+    table.add("simplexes grown from one network: test NLL of the centroid over its vertices'", "<=",
+              1.1, max(within))  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------- the ensembles
 
 NUM_NETWORKS, NUM_MEMBERS, NUM_SAMPLES = 3, 5, 25
@@ -274,83 +345,141 @@ LONG, DEEP, FGE, SWAG, ESPRO = (
     "one network, long", "deep ensemble", "FGE", "SWAG", "ESPRO",
 )  # fmt: skip
 METHODS = (LONG, DEEP, FGE, SWAG, ESPRO)
+# What is tried for each method; the least validation NLL of one run takes it.
+NETWORK_RATES = (0.05, 0.1, 0.2, 0.4)
+FGE_RATES = (0.02, 0.05, 0.1, 0.2)
+SWAG_RATES = (0.01, 0.03, 0.1)
+ESPRO_RATES, ESPRO_WEIGHTS = (0.01, 0.03, 0.1), (1e-4, 1e-3, 1e-2)
 
 
 class Setting:
-    """A small CNN on a part of Fashion-MNIST, and the budget of each of its three runs."""
+    """A small CNN on halved Fashion-MNIST images, augmented, and each run's part of the budget."""
 
     def __init__(self, options):
-        data = datasets.load("fashion_mnist")
-        self.train = jax.tree.map(lambda x: x[:10_000], data.train)
-        self.test = data.test
-        self.model = models.build("cnn", num_classes=10, widths=[8, 16], norm=None)
-        self.loss = objectives.loss(self.model.apply, {})
+        data = datasets.load("fashion_mnist", raw=True)
+        constants = data.normalization
+
+        def halved(part):
+            images = part.inputs.astype(np.float32)
+            pairs = images.reshape(len(images), 14, 2, 14, 2, 1).mean((2, 4))
+            return part._replace(inputs=np.rint(pairs).astype(np.uint8))
+
+        def plain(part):
+            return part._replace(inputs=datasets.normalize(part.inputs, constants))
+
+        def transform(key, batch):
+            moved = datasets.augment.pad_crop_flip(key, batch.inputs, padding=1)
+            return batch._replace(inputs=datasets.normalize(moved, constants))
+
+        train, validation, test = (
+            halved(part) for part in (data.train, data.validation, data.test)
+        )
+        self.train = jax.tree.map(lambda x: x[:10_000], train)
+        self.validation, self.test = plain(validation), plain(test)
+        self.model = models.build("cnn", num_classes=10, widths=[16, 32], norm=None)
+        self.outputs = objectives.outputs(self.model.apply, {})
         self.source = batches.split(self.train, 100, key=jax.random.key(3), drop_remainder=True)
-        self.epochs = 2 if options.quick else 12
+        self.options = {"transform": transform, "progress": False}
+        self.loss = objectives.loss(self.model.apply, {})
+        self.epochs = 2 if options.quick else options.epochs
         self.steps = self.epochs * len(self.source)
         self.begin = 4 * self.steps // 5
-        self.weight = options.volume_weight
+        self.rest = self.steps - self.begin
+        self.first = plain(jax.tree.map(lambda x: x[:1], train)).inputs
 
-    def start(self, seed):
-        return self.model.init(jax.random.key(seed), self.train.inputs[:1])[0]
-
-    def run(self, seed, steps, at):
+    def run(self, seed, steps, at, rate):
         return tree.unstack(
             curves.collect(
-                self.loss, self.start(seed), self.source, decayed(fit.warmup_cosine(0.05, steps)),
-                at, key=jax.random.key(seed), progress=False,
+                self.loss, self.model.init(jax.random.key(seed), self.first)[0], self.source,
+                decayed(fit.warmup_cosine(rate, steps)), at, key=jax.random.key(seed),
+                **self.options,
             ).members
         )  # fmt: skip
 
-    def members(self, seed):
-        """All members of one seed, by method, with the gradients that each method takes."""
-        seeds = [1000 * seed + i for i in range(NUM_NETWORKS)]
-        runs = [self.run(s, self.steps, [self.begin, self.steps]) for s in seeds]
-        rest = self.steps - self.begin
-        cycle = 2 * (rest // (2 * NUM_MEMBERS))
-        cycles, gaussians = [], []
-        for s, (start, _) in zip(seeds, runs, strict=True):
-            cycles += tree.unstack(curves.fge(
-                self.loss, start, self.source, decayed, high=0.05, low=5e-4, cycle_steps=cycle,
-                num_members=NUM_MEMBERS, key=jax.random.key(s + 1), progress=False,
-            ).members)  # fmt: skip
-            along = curves.collect(
-                self.loss, start, self.source, decayed(0.02), range(rest // 20, rest + 1,
-                rest // 20), key=jax.random.key(s + 2), progress=False,
-            )  # fmt: skip
-            fitted = curves.swag(along.members)
-            gaussians += [fitted.sample(jax.random.fold_in(jax.random.key(s + 3), i))
-                          for i in range(NUM_SAMPLES)]  # fmt: skip
-        # Two more vertices for each network, in the fifth of the budget that FGE has too.
+    def fge(self, seed, start, rate):
+        cycle = 2 * (self.rest // (2 * NUM_MEMBERS))
+        return tree.unstack(curves.fge(
+            self.loss, start, self.source, decayed, high=rate, low=rate / 100, cycle_steps=cycle,
+            num_members=NUM_MEMBERS, key=jax.random.key(seed + 1), **self.options,
+        ).members)  # fmt: skip
+
+    def swag(self, seed, start, rate):
+        along = curves.collect(
+            self.loss, start, self.source, decayed(rate),
+            range(self.rest // 20, self.rest + 1, self.rest // 20), key=jax.random.key(seed + 2),
+            **self.options,
+        )  # fmt: skip
+        fitted = curves.swag(along.members)
+        keys = [jax.random.fold_in(jax.random.key(seed + 3), i) for i in range(NUM_SAMPLES)]
+        return [fitted.sample(key) for key in keys]
+
+    def espro(self, seed, bases, rate, weight):
+        """Two more vertices for each network, in the fifth of the budget that the others have."""
         samples = 2
-        bases = [self.run(s, self.begin, [self.begin])[0] for s in seeds]
-        grow = rest // (2 * samples)
+        steps = self.rest // (2 * samples)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             grown = simplex.espro(
                 self.loss, tree.stack(bases), self.source,
-                optax.sgd(fit.warmup_cosine(0.02, grow), 0.9), grow, key=jax.random.key(seed),
-                num_vertices=3, num_samples=samples, volume_weight=self.weight,
-                weight_decay=5e-4, together="sequential", progress=False,
+                optax.sgd(fit.warmup_cosine(rate, steps), 0.9), steps, key=jax.random.key(seed),
+                num_vertices=3, num_samples=samples, volume_weight=weight, weight_decay=5e-4,
+                together="sequential", **self.options,
             )  # fmt: skip
-        drawn = list(simplex.members(jax.random.key(seed), grown.complexes, NUM_SAMPLES)())
-        whole = NUM_NETWORKS * self.steps
+        members = simplex.members(jax.random.key(seed), grown.complexes, NUM_SAMPLES)()
+        return list(members), [stage.row() for stage in grown.stages[-1]]
+
+    def probabilities(self, members, part):
+        return ensemble.predict(self.outputs, members, batches.split(part, 1000), progress=False)
+
+    def held_out(self, members):
+        found = self.probabilities(members, self.validation)
+        return float(ensemble.calibration(found, self.validation.labels).nll.value)
+
+    def choose(self):
+        """The rates, and the weight of the volume, with the least validation NLL of one run."""
+
+        def best(name, tried):
+            for setting, value in tried.items():
+                print(f"  {name}, {setting}: validation NLL {value:.4f}", flush=True)
+            return min(tried, key=lambda x: tried[x])
+
+        seed = 99_000
+        network = best(LONG, {
+            rate: self.held_out(self.run(seed, self.steps, [self.steps], rate))
+            for rate in NETWORK_RATES
+        })  # fmt: skip
+        start, _ = self.run(seed, self.steps, [self.begin, self.steps], network)
+        (base,) = self.run(seed, self.begin, [self.begin], network)
         return {
-            LONG: (whole, self.run(seeds[0], whole, [whole])),
+            "network": network,
+            "fge": best(FGE, {r: self.held_out(self.fge(seed, start, r)) for r in FGE_RATES}),
+            "swag": best(SWAG, {r: self.held_out(self.swag(seed, start, r)) for r in SWAG_RATES}),
+            "espro": best(ESPRO, {
+                (r, w): self.held_out(self.espro(seed, [base], r, w)[0])
+                for r in ESPRO_RATES for w in ESPRO_WEIGHTS
+            }),
+        }  # fmt: skip
+
+    def members(self, seed, chosen):
+        """All members of one seed, by method, with the gradients that each method takes."""
+        seeds = [1000 * seed + i for i in range(NUM_NETWORKS)]
+        rate = chosen["network"]
+        runs = [self.run(s, self.steps, [self.begin, self.steps], rate) for s in seeds]
+        starts = [(s, start) for s, (start, _) in zip(seeds, runs, strict=True)]
+        cycles = [x for given in starts for x in self.fge(*given, chosen["fge"])]
+        gaussians = [x for given in starts for x in self.swag(*given, chosen["swag"])]
+        bases = [self.run(s, self.begin, [self.begin], rate)[0] for s in seeds]
+        drawn, rows = self.espro(seed, bases, *chosen["espro"])
+        whole = NUM_NETWORKS * self.steps
+        least = NUM_NETWORKS * self.begin
+        return {
+            LONG: (whole, self.run(seeds[0], whole, [whole], rate)),
             DEEP: (whole, [end for _, end in runs]),
-            FGE: (NUM_NETWORKS * (self.begin + NUM_MEMBERS * cycle), cycles),
+            FGE: (least + NUM_NETWORKS * NUM_MEMBERS * 2 * (self.rest // (2 * NUM_MEMBERS)),
+                  cycles),
             SWAG: (whole, gaussians),
-            ESPRO: (NUM_NETWORKS * (self.begin + 2 * samples * grow), drawn),
-        }, [stage.row() for stage in grown.stages[-1]]
-
-
-def spread(values, digits, scale=1.0):
-    """The mean over the seeds and half its 95 % t-interval."""
-    from scipy import stats
-
-    values = scale * np.asarray(values)
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{np.mean(values):.{digits}f} ± {half:.{digits}f}"
+            ESPRO: (least + NUM_NETWORKS * 4 * (self.rest // 4), drawn),
+        }, rows  # fmt: skip
 
 
 def ensembles_part(table, options):
@@ -362,23 +491,28 @@ def ensembles_part(table, options):
         return
     seeds = range(2 if options.quick else 5)
     heading(
-        f"Fashion-MNIST, {len(setting.train.labels)} examples, CNN 8-16, "
+        f"Fashion-MNIST at 14 x 14, {len(setting.train.labels)} examples, augmented, CNN 16-32, "
         f"{NUM_NETWORKS} x {setting.epochs} epochs of batches of 100, {len(seeds)} seeds: mean ± "
         "half a 95 % t-interval"
     )
-    model_fn = objectives.outputs(setting.model.apply, {})
-    data = batches.split(setting.test, 1000)
+    begin = time.process_time()
+    folder = options.out / f"ensembles-{setting.epochs}"
+    kept = folder / "chosen.json"
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(setting.choose()))
+    chosen = json.loads(kept.read_text())
+    print(f"  chosen on validation data: {chosen}", flush=True)
     scores = {name: [] for name in METHODS}
     budgets = {}
     for seed in seeds:
-        folder = options.out / f"ensembles-{setting.epochs}-{setting.weight:g}"
 
         def make(seed=seed):
-            members, rows = setting.members(seed)
+            members, rows = setting.members(seed, chosen)
             print("  " + report.text_table(rows).replace("\n", "\n  "), flush=True)
             return {
-                name: {"budget": np.asarray(budget), "probabilities": ensemble.predict(
-                    model_fn, given, data, progress=False)}
+                name: {"budget": np.asarray(budget),
+                       "probabilities": setting.probabilities(given, setting.test)}
                 for name, (budget, given) in members.items()
             }  # fmt: skip
 
@@ -401,6 +535,7 @@ def ensembles_part(table, options):
     for i, metric in enumerate(("NLL", "error", "ECE")):
         order = sorted(values, key=lambda x: values[x][:, i].mean())
         print(f"  lowest {metric}: {order[0]}, then {order[1]}", flush=True)
+    print(f"  {(time.process_time() - begin) / 60:.1f} minutes of CPU in this call")
 
 
 PARTS = {
@@ -408,6 +543,8 @@ PARTS = {
     "memory": memory_part,
     "digits": digits_part,
     "dimension": dimension_part,
+    "scratch": scratch_part,
+    "soup": soup_part,
     "ensembles": ensembles_part,
 }
 
@@ -416,8 +553,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="less of it, and smaller")
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
-    parser.add_argument("--volume-weight", type=float, default=1e-2,
-                        help="of ESPRO, in the ensembles")  # fmt: skip
+    parser.add_argument("--epochs", type=int, default=20,
+                        help="of each of the three networks, in the ensembles")  # fmt: skip
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks/simplex"),
                         help="where trained networks are kept")  # fmt: skip
     options = parser.parse_args()

@@ -65,12 +65,22 @@ def whole(parts: dict[str, PyTree], split: Split) -> PyTree:
     return tree.stack([members[i] for i in range(len(members))])
 
 
-def combined(parts: dict[str, PyTree], split: Split, weights: jax.Array) -> PyTree:
-    """The points with these coefficients, `(..., n)`; no gradient goes to the fixed part."""
-    total = tree.combine(wide(parts["free"]), weights[..., np.array(split.free)])
+def combined(parts: dict[str, PyTree], split: Split, weights: PyTree) -> PyTree:
+    """The points with these coefficients, `(..., n)`; no gradient goes to the fixed part.
+
+    `weights` is one array, or one for every leaf.
+    """
+
+    def total_of(points, chosen):
+        if isinstance(weights, jax.Array):
+            return tree.combine(points, weights[..., np.array(chosen)])
+        return tree.combine_leaves(
+            points, jax.tree.map(lambda x: x[..., np.array(chosen)], weights)
+        )
+
+    total = total_of(wide(parts["free"]), split.free)
     if split.fixed:
-        fixed = jax.lax.stop_gradient(wide(parts["fixed"]))
-        held = tree.combine(fixed, weights[..., np.array(split.fixed)])
+        held = total_of(jax.lax.stop_gradient(wide(parts["fixed"])), split.fixed)
         total = jax.tree.map(jnp.add, total, held)
     return jax.tree.map(lambda x, like: x.astype(like.dtype), total, parts["free"])
 

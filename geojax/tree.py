@@ -22,6 +22,7 @@ __all__ = [
     "check_floating",
     "check_same",
     "combine",
+    "combine_leaves",
     "explicit_sharding",
     "inner_products",
     "merge",
@@ -284,20 +285,62 @@ def combine(points: PyTree, weights: jax.typing.ArrayLike) -> PyTree:
             f"for each of the {n} points."
         )
 
-    # A reduction over the leading axis is hundreds of times slower than a dot on XLA's CPU backend.
-    def one(leaf):
-        dtype = accumulation_dtype(leaf, weights)
-        leaf = jnp.asarray(leaf)
-        total = lax.dot_general(
-            jnp.asarray(weights).astype(dtype),
-            _member_axis_replicated(leaf).astype(dtype),
-            (((jnp.ndim(weights) - 1,), (0,)), ((), ())),
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=dtype,
-        )
-        return total.astype(leaf.dtype)
+    return jax.tree.map(lambda leaf: _combined_leaf(leaf, weights), points)
 
-    return jax.tree.map(one, points)
+
+def combine_leaves(points: PyTree, weights: PyTree) -> PyTree:
+    """`combine` with coefficients for every leaf apart: layer-wise combinations.
+
+    Args:
+        points: Stacked pytree, leaves `(n, *leaf.shape)`, floating.
+        weights: Pytree of the same structure, leaves `(..., n)`.
+
+    Returns:
+        Leaves `weights.shape[:-1] + leaf.shape`, each with the weights of its own leaf.
+
+    Raises:
+        TypeError: If a leaf of `points` is not floating, naming it.
+        ValueError: If the structures differ, or a leaf of `weights` does not end in an axis of
+            size n, naming it.
+
+    Example:
+        >>> points = stack([{"a": jnp.zeros(1), "b": jnp.zeros(1)},
+        ...                 {"a": jnp.ones(1), "b": jnp.ones(1)}])
+        >>> combine_leaves(points, {"a": jnp.array([1.0, 0.0]), "b": jnp.array([0.0, 1.0])})
+        {'a': Array([0.], dtype=float32), 'b': Array([1.], dtype=float32)}
+
+    Reference:
+        Wortsman et al., "Learning Neural Network Subspaces", ICML 2021 (layer-wise coefficients).
+    """
+    check_floating(points, "points")
+    n = num_points(points)
+    given, structure = _flatten(weights)
+    if structure != jax.tree.structure(points):
+        raise ValueError(
+            f"combine_leaves: weights have the structure {structure}; expected that of the points, "
+            f"{jax.tree.structure(points)}, an array of weights for each leaf."
+        )
+    for path, one in given:
+        if jnp.ndim(one) == 0 or jnp.shape(one)[-1] != n:
+            raise ValueError(
+                f"combine_leaves: weights{path} has shape {jnp.shape(one)}; expected (..., {n}), "
+                f"one weight for each of the {n} points."
+            )
+    return jax.tree.map(_combined_leaf, points, weights)
+
+
+def _combined_leaf(leaf: Any, weights: jax.typing.ArrayLike) -> jax.Array:
+    dtype = accumulation_dtype(leaf, weights)
+    leaf = jnp.asarray(leaf)
+    # A reduction over the leading axis is hundreds of times slower than a dot on XLA's CPU backend.
+    total = lax.dot_general(
+        jnp.asarray(weights).astype(dtype),
+        _member_axis_replicated(leaf).astype(dtype),
+        (((jnp.ndim(weights) - 1,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
+    )
+    return total.astype(leaf.dtype)
 
 
 def inner_products(points: PyTree, x: PyTree) -> jax.Array:

@@ -1,7 +1,7 @@
 """Points drawn from a complex: a simplex first, then coefficients uniform over it."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from geojax import tree
 from geojax.simplex import volume
 from geojax.simplex.complexes import SimplicialComplex
 
@@ -16,11 +17,14 @@ __all__ = [
     "Choice",
     "Sampled",
     "dirichlet",
+    "layer_numbers",
     "probabilities",
+    "sample_layer_weights",
     "sample_weights",
     "sample_with_simplices",
 ]
 
+PyTree = Any
 Choice = Literal["volume", "uniform"] | Sequence[float] | np.ndarray | jax.Array
 
 
@@ -59,16 +63,19 @@ def dirichlet(key: jax.Array, num_samples: int, n: int) -> jax.Array:
     return _normalized(key, int(num_samples), np.ones((1, int(n)), bool), None)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _normalized(key: jax.Array, num: int, inside: Any, simplices: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(1, 4))
+def _normalized(
+    key: jax.Array, num: int, inside: Any, simplices: Any, layers: int | None = None
+) -> jax.Array:
     """Exponentials of the vertices of each sample's simplex over their sum."""
-    shape = (num, inside.shape[1])
+    shape = (num, inside.shape[1]) if layers is None else (num, layers, inside.shape[1])
     # From (0, 1), both ends left out, so that a sum is neither zero nor infinite.
     uniform = jax.random.uniform(key, shape, minval=jnp.finfo(jnp.float32).tiny)
     members = jnp.asarray(inside)
-    members = jnp.broadcast_to(members, shape) if simplices is None else members[simplices]
-    drawn = jnp.where(members, -jnp.log(uniform), 0)
-    return drawn / jnp.sum(drawn, axis=1, keepdims=True)
+    if simplices is not None:
+        members = members[simplices] if layers is None else members[simplices][:, None]
+    drawn = jnp.where(jnp.broadcast_to(members, shape), -jnp.log(uniform), 0)
+    return drawn / jnp.sum(drawn, axis=-1, keepdims=True)
 
 
 def probabilities(complex: SimplicialComplex, choose: Choice = "volume") -> Any:
@@ -183,17 +190,108 @@ def sample_with_simplices(
     stratified: bool = False,
 ) -> Sampled:
     """`sample_weights`, and the number of the simplex that each sample lies in."""
-    if not isinstance(num_samples, (int, np.integer)) or num_samples < 0:
-        raise ValueError(f"num_samples is {num_samples!r}; expected an integer of at least 0.")
+    _check_number(num_samples)
     shares = probabilities(complex, choose)
     return _sampled(
         key, shares, complex.simplices, complex.num_vertices, int(num_samples), stratified
     )
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def layer_numbers(vertices: PyTree, layerwise: bool | Callable[[str], Any] = True) -> tuple:
+    """The number of the layer of each leaf, in flattening order.
+
+    Args:
+        vertices: Any pytree.
+        layerwise: True: leaves of one parent are a layer, as a kernel and its bias; or a function
+            of a leaf's path, as `tree.paths` has it, to the layer's name.
+
+    Raises:
+        ValueError: If all leaves are of one layer.
+
+    Example:
+        >>> layer_numbers({"first": {"bias": 0.0, "kernel": 0.0}, "second": {"kernel": 0.0}})
+        (0, 0, 1)
+        >>> layer_numbers({"w1": 0.0, "w2": 0.0}, lambda path: path)
+        (0, 1)
+    """
+    if not (layerwise is True or callable(layerwise)):
+        raise ValueError(
+            f"layerwise is {layerwise!r}; expected True, or a function of a leaf's path."
+        )
+    leaves, _ = jax.tree_util.tree_flatten_with_path(vertices)
+    if layerwise is True:
+        names = [jax.tree_util.keystr(path[:-1]) for path, _ in leaves]
+    else:
+        names = [layerwise(path) for path in tree.paths(vertices)]
+    known = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    if len(known) < 2:
+        raise ValueError(
+            f"layerwise: the leaves {tree.paths(vertices)} are all of one layer; give a function "
+            "of a leaf's path that names its layer."
+        )
+    return tuple(known[name] for name in names)
+
+
+def sample_layer_weights(
+    key: jax.Array,
+    complex: SimplicialComplex,
+    num_samples: int,
+    *,
+    layerwise: bool | Callable[[str], Any] = True,
+    choose: Choice = "volume",
+    stratified: bool = False,
+) -> PyTree:
+    """As `sample_weights`, with coefficients for every layer apart; of one simplex for all layers.
+
+    Args:
+        key: A typed key.
+        complex: Where to draw from.
+        num_samples: How many.
+        layerwise: See `layer_numbers`.
+        choose: How a simplex is picked: see `probabilities`.
+        stratified: See `sample_weights`.
+
+    Returns:
+        A pytree like a vertex with leaves `(num_samples, n)`, equal within a layer;
+        `tree.combine_leaves` makes the points.
+
+    Raises:
+        ValueError: As `layer_numbers` and `probabilities`.
+
+    Example:
+        >>> from geojax.simplex import single
+        >>> line = single({"a": {"w": jnp.zeros((2, 3))}, "b": {"w": jnp.ones((2, 3))}})
+        >>> drawn = sample_layer_weights(jax.random.key(0), line, 4)
+        >>> drawn["a"]["w"].shape, bool((drawn["a"]["w"] == drawn["b"]["w"]).any())
+        ((4, 2), False)
+
+    Reference:
+        Wortsman et al., "Learning Neural Network Subspaces", ICML 2021.
+    """
+    _check_number(num_samples)
+    layers = layer_numbers(complex.vertices, layerwise)
+    shares = probabilities(complex, choose)
+    drawn = _sampled(
+        key, shares, complex.simplices, complex.num_vertices, int(num_samples), stratified,
+        max(layers) + 1,
+    ).weights  # fmt: skip
+    return jax.tree.structure(complex.vertices).unflatten([drawn[:, i] for i in layers])
+
+
+def _check_number(num_samples: Any) -> None:
+    if not isinstance(num_samples, (int, np.integer)) or num_samples < 0:
+        raise ValueError(f"num_samples is {num_samples!r}; expected an integer of at least 0.")
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
 def _sampled(
-    key: jax.Array, shares: Any, simplices: Any, num_vertices: int, num: int, stratified: bool
+    key: jax.Array,
+    shares: Any,
+    simplices: Any,
+    num_vertices: int,
+    num: int,
+    stratified: bool,
+    layers: int | None = None,
 ) -> Sampled:
     key_simplex, key_weights = jax.random.split(key)
     inside = np.zeros((len(simplices), num_vertices), bool)
@@ -208,5 +306,5 @@ def _sampled(
     edges = jnp.cumsum(jnp.asarray(shares))
     # How many simplices end at or before the place; one of probability 0 is never reached.
     chosen = jnp.sum(places[:, None] >= (edges / edges[-1])[None, :-1], axis=1, dtype=jnp.int32)
-    weights = _normalized(key_weights, num, inside, chosen)
+    weights = _normalized(key_weights, num, inside, chosen, layers)
     return Sampled(jnp.where(jnp.isnan(edges[-1]), jnp.nan, weights), chosen)

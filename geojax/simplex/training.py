@@ -30,7 +30,7 @@ from geojax._families import (
     whole,
     wide,
 )
-from geojax.simplex import _heights, volume
+from geojax.simplex import _heights, sampling, volume
 from geojax.simplex.complexes import SimplicialComplex
 from geojax.simplex.weights import Target
 
@@ -96,6 +96,7 @@ class _Settings(NamedTuple):
     stochastic: str
     volumes: str
     similarity_weight: float
+    layers: tuple[int, ...] | None  # of each leaf, where every layer has coefficients of its own
 
 
 def _shape(complexes: Sequence[SimplicialComplex], free: Sequence[int], stacked: bool) -> _Shape:
@@ -155,22 +156,22 @@ def _total(parts: dict[str, PyTree], shape: _Shape, faces: Any, volumes: str) ->
 # -------------------------------------------------------------------------------- draws
 
 
-def _draw(key, shape: _Shape, num: int, log_probabilities: jax.Array) -> jax.Array:
-    """Coefficients `(num, n)`, uniform within a simplex that is drawn first."""
+def _draw(key, shape: _Shape, num: int, log_probabilities: jax.Array, layers: int) -> jax.Array:
+    """Coefficients `(num, layers, n)`, uniform within a simplex that is drawn first for all."""
     key_simplex, key_weights = jax.random.split(key)
     width = max(len(s) for s in shape.simplices)
     place = np.zeros((len(shape.simplices), width, shape.num_vertices), np.float32)
     for s, simplex in enumerate(shape.simplices):
         place[s, np.arange(len(simplex)), list(simplex)] = 1
-    draws = jax.random.exponential(key_weights, (num, width))
+    draws = jax.random.exponential(key_weights, (num, layers, width))
     draws = jnp.maximum(draws, np.finfo(np.float32).tiny)
     if len(shape.simplices) == 1:
         placed = jnp.broadcast_to(jnp.asarray(place[0]), (num, *place[0].shape))
     else:
         chosen = jax.random.categorical(key_simplex, log_probabilities, shape=(num,))
         placed = jnp.take(jnp.asarray(place), chosen, axis=0)
-    spread = jnp.einsum("hl,hln->hn", draws, placed, precision=jax.lax.Precision.HIGHEST)
-    return spread / jnp.sum(spread, axis=1, keepdims=True)
+    spread = jnp.einsum("hgl,hln->hgn", draws, placed, precision=jax.lax.Precision.HIGHEST)
+    return spread / jnp.sum(spread, axis=2, keepdims=True)
 
 
 def _log_probabilities(parts, shape: _Shape, faces, choose) -> jax.Array:
@@ -202,7 +203,13 @@ def _component_loss(loss_fn: Callable, shape: _Shape, settings: _Settings, faces
     def loss(parts, batch, key):
         key_draw, key_loss = jax.random.split(key)
         log_probabilities = _log_probabilities(parts, shape, faces, settings.choose)
-        weights = _draw(key_draw, shape, settings.num_samples, log_probabilities)
+        layers = settings.layers
+        number = max(layers) + 1 if layers else 1
+        drawn = _draw(key_draw, shape, settings.num_samples, log_probabilities, number)
+        weights = drawn[:, 0]
+        if layers:
+            structure = jax.tree.structure(parts["free"])
+            weights = structure.unflatten([drawn[:, place] for place in layers])
         if settings.stochastic == "independent":
             keys = jax.random.split(key_loss, settings.num_samples)
         else:
@@ -212,7 +219,7 @@ def _component_loss(loss_fn: Callable, shape: _Shape, settings: _Settings, faces
             losses, penalties = jax.vmap(at, in_axes=(0, None, 0))(points, batch, keys)
         else:
             found = [
-                at(combined(parts, shape.split, weights[h]), batch, keys[h])
+                at(combined(parts, shape.split, _component(weights, h)), batch, keys[h])
                 for h in range(settings.num_samples)
             ]
             losses, penalties = (jnp.stack(list(x)) for x in zip(*found, strict=True))
@@ -411,14 +418,19 @@ class _Prepared(NamedTuple):
     shape: _Shape
 
 
-def _prepare(loss_fn, complex, optimizer, *, free, together, volume_weight, **given) -> _Prepared:
+def _prepare(
+    loss_fn, complex, optimizer, *, free, together, volume_weight, layerwise, **given
+) -> _Prepared:
     """The loss, the parts and the optimizer of a run, checked."""
     stacked = not isinstance(complex, SimplicialComplex)
     complexes = _checked_complexes(complex) if stacked else [complex]
     if together not in ("vmap", "sequential"):
         raise ValueError(f"together is {together!r}; expected 'vmap' or 'sequential'.")
     shape = _shape(complexes, free, stacked)
-    settings = _settings(shape, **given)
+    layers = None
+    if layerwise is not False:
+        layers = sampling.layer_numbers(complexes[0].vertices, layerwise)
+    settings = _settings(shape, layers=layers, **given)
     _check_weight(volume_weight, settings, shape)
     parts = [parts_of(one.vertices, shape.split) for one in complexes]
     faces = None
@@ -461,6 +473,7 @@ def fit(
     weight_decay: float = 0.0,
     decay: Literal["point", "vertices"] = "point",
     similarity_weight: float = 0.0,
+    layerwise: bool | Callable[[str], Any] = False,
     stochastic: Literal["shared", "independent"] = "shared",
     together: Literal["vmap", "sequential"] = "vmap",
     evaluate: Callable[[Any, int], dict[str, Any]] | None = None,
@@ -503,6 +516,9 @@ def fit(
             "vertices", as in the original's code.
         similarity_weight: The factor of the mean squared cosine between vertices, for subspaces
             from scratch (Wortsman et al. 2021).
+        layerwise: Draw coefficients for every layer apart, within one simplex for all: points then
+            fill a larger set, of which the simplex is the diagonal. A layer is all leaves of one
+            parent, as a kernel and its bias; or a function of a leaf's path names its layer.
         stochastic: Whether the points of a step share the key of dropout, or have their own.
         together: Several complexes under "vmap", or one after another within a step, which is
             faster for convolutions on a CPU.
@@ -542,7 +558,7 @@ def fit(
         loss_fn, complex, optimizer, free=free, together=together, volume_weight=volume_weight,
         num_samples=num_samples, samples=samples, reduction=reduction, choose=choose,
         weight_decay=weight_decay, decay=decay, stochastic=stochastic, volumes=volumes,
-        similarity_weight=similarity_weight,
+        similarity_weight=similarity_weight, layerwise=layerwise,
     )  # fmt: skip
     for name in ("frozen", "has_metrics", "regularizer"):
         if name in options:

@@ -76,8 +76,9 @@ def log_volume(vertices: PyTree, *, chunk_size: int | None = None) -> jax.Array:
     Args:
         vertices: Stacked points, leaves `(n, ...)`, in any sharding. One point has volume 1.
         chunk_size: Read leaves in pieces of so many entries of each vertex, to save memory, where
-            no leaf is sharded. By default 2^18 for arrays on one device outside of `jit`, and all
-            at once within, where nothing is known of the sharding.
+            no leaf is sharded. By default 2^18 for arrays on one device outside of `jit`, and
+            within where there is but one device; else all at once, as nothing is known of the
+            sharding.
 
     Returns:
         A scalar in float32 or better. It may be traced, mapped and differentiated once (reverse).
@@ -103,11 +104,15 @@ def log_volume(vertices: PyTree, *, chunk_size: int | None = None) -> jax.Array:
 
 
 def _default_chunk(vertices: PyTree) -> int | None:
-    known = all(
-        not isinstance(x, Tracer) and len(x.sharding.device_set) == 1
-        for x in jax.tree.leaves(vertices)
+    leaves = jax.tree.leaves(vertices)
+    # An axis that a type says to be sharded can't be cut, be the mesh of one device.
+    typed = [tree.explicit_sharding(x) for x in leaves]
+    if any(found is not None and any(found.spec) for found in typed):
+        return None
+    alone = jax.device_count() == 1 or all(
+        not isinstance(x, Tracer) and len(x.sharding.device_set) == 1 for x in leaves
     )
-    return _CHUNK if known else None
+    return _CHUNK if alone else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -149,11 +154,10 @@ def _backward(
             piece = _combined(piece, weights, found.unit)
             return lax.dynamic_update_slice_in_dim(out, piece, c * rows.chunk, axis=1)
 
-        out = lax.fori_loop(0, rows.num_chunks, put, jnp.zeros_like(rows.stacked))
-        if rows.rest:
-            tail = _combined(rows.stacked[:, -rows.rest :], weights, found.unit)
-            out = lax.dynamic_update_slice_in_dim(out, tail, rows.num_chunks * rows.chunk, axis=1)
-        return out.reshape(leaf.shape)
+        # The last piece begins where it fits, and writes some entries again: an update after the
+        # loop would be one in a copy of them all.
+        number = rows.num_chunks + (rows.rest > 0)
+        return lax.fori_loop(0, number, put, jnp.zeros_like(rows.stacked)).reshape(leaf.shape)
 
     return (jax.tree.map(one, vertices),)
 

@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -237,6 +240,31 @@ def test_in_pieces_less_than_a_point_is_held_besides_the_vertices():
     # All at once it is the edges, and as much again for the gradient.
     assert 4 < memory(simplex.log_volume, 1 << 20) < 5.1
     assert memory(jax.grad(simplex.log_volume), 1 << 20) < 10.1
+
+
+def test_on_one_device_pieces_are_the_default_within_jit_too():
+    # Sizes that no piece divides, in two shapes: what is held besides, in points.
+    program = """
+import jax, jax.numpy as jnp
+from geojax import simplex
+shapes = {"a": (3, 1000, 1700), "b": (3, 1000003)}
+points = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+mesh = jax.make_mesh((1,), ("x",))
+placed = jax.device_put(jnp.eye(3)[:, None], jax.NamedSharding(mesh, jax.P(None, None, "x")))
+with jax.set_mesh(mesh):
+    print(float(jax.grad(simplex.log_volume)(placed).sum()))
+for f in (simplex.log_volume, jax.grad(simplex.log_volume)):
+    held = jax.jit(f).lower(points).compile().memory_analysis()
+    print(held.temp_size_in_bytes / (4 * 2700003))
+"""
+    environment = os.environ | {"XLA_FLAGS": ""}
+    out = subprocess.run(
+        [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    total, value, gradient = map(float, out.split())
+    assert abs(total) < 1e-6
+    assert value < 1.5
+    assert gradient < 1.5
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 40, 1000])
