@@ -5,7 +5,8 @@ Bezier curve or a chain of straight segments from one to the other is trained, w
 they are; then loss and error are measured along it and along the straight segment between them,
 with normalisation statistics of their own at each point. The folder gets a report, the control
 points as a checkpoint that scripts/plane.py draws, a log of the training, and all numbers as JSON.
-Stop it at any time and call it again with the same options: it goes on from its last checkpoint.
+Stop it at any time and call it again with the same options: it goes on from its last checkpoint, of
+the training or of the measuring.
 
   python scripts/train.py --seed 0 --out out/a
   python scripts/train.py --seed 1 --out out/b
@@ -248,11 +249,15 @@ def measure(options: Options, setup: Setup, lines: dict[str, tuple[Any, Any]]) -
     found = {}
     for name, (basis, points) in lines.items():
         for part, source in setup.parts.items():
+            which = f"{name}-{part}-{options.num_eval}-points"
 
-            def make(basis=basis, points=points, source=source):
+            def make(basis=basis, points=points, source=source, which=which):
                 along = curves.evaluate(
                     setup.metrics_fn, basis, points, source, options.num_eval,
                     state_fn=setup.state_fn,
+                    checkpoint=checkpoint.Checkpointer(
+                        options.out / "measured" / which, every=5, keep=1
+                    ),
                 )  # fmt: skip
                 metrics = {
                     metric: value._asdict() | {"values": value.values.tolist()}
@@ -266,9 +271,7 @@ def measure(options: Options, setup: Setup, lines: dict[str, tuple[Any, Any]]) -
                     "metrics": metrics,
                 }
 
-            found[f"{name}-{part}"] = kept(
-                options.out, f"{name}-{part}-{options.num_eval}-points", make
-            )
+            found[f"{name}-{part}"] = kept(options.out, which, make)
     return found
 
 

@@ -2,12 +2,12 @@
 
 It starts from a network that scripts/train.py saved (or `checkpoint.save_network`), or from a
 checkpoint of its training: at about four fifths of a training budget, since from a network trained
-to the end the members hardly differ. Members are kept where the rate is lowest: in the middle of
-triangular cycles (fge), at the ends of cosines (snapshot), or at equal distances of a run at a
-constant rate (swa, whose weights are averaged; swag, which draws from a Gaussian fitted to them).
-The folder gets a report, the members as networks that scripts/ensemble.py reads, a log of the
-training, and all numbers as JSON. Stop it at any time and call it again with the same options: it
-goes on from its last checkpoint.
+to the end the members hardly differ. It augments the images as that training did. Members are kept
+where the rate is lowest: in the middle of triangular cycles (fge), at the ends of cosines
+(snapshot), or at equal distances of a run at a constant rate (swa, whose weights are averaged;
+swag, which draws from a Gaussian fitted to them). The folder gets a report, the members as networks
+that scripts/ensemble.py reads, a log of the training, and all numbers as JSON. Stop it at any time
+and call it again with the same options: it goes on from its last checkpoint.
 
   python scripts/train.py --epochs 20 --checkpoint-every 16 --out out/a
   python scripts/fge.py --network out/a/network
@@ -74,6 +74,9 @@ class Options:
     """Of SGD."""
     weight_decay: float = 5e-4
     """The factor of the weights in the gradient."""
+    augment: Literal["as_trained"] | datasets.Augmentation = "as_trained"
+    """Random changes of the training images; by default those that the network was trained with if
+    its folder says so, else none."""
     include_start: bool = False
     """Whether the network that the run starts from is a member."""
     rank: int = 20
@@ -81,7 +84,7 @@ class Options:
     num_samples: int = 20
     """For swag: networks drawn from the Gaussian."""
     seed: int = 0
-    """The seed of order, dropout and draws."""
+    """The seed of order, dropout, augmentation and draws."""
     out: pathlib.Path = pathlib.Path("out/fge")
     """The folder of the results."""
     checkpoint_every: float = 1.0
@@ -94,6 +97,7 @@ class Setup(NamedTuple):
     model: Any
     state: Any
     source: Any
+    transform: Any
     train: Any
     test: Any
     labels: np.ndarray
@@ -162,15 +166,24 @@ def contents(params: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def make_setup(options: Options, network: checkpoint.Network, data: datasets.Dataset) -> Setup:
+def augmentation(options: Options, network: checkpoint.Network) -> datasets.Augmentation:
+    """The one asked for, or the one that is recorded as scripts/train.py records it."""
+    if options.augment != "as_trained":
+        return options.augment
+    training = network.metadata.get("training")
+    return training.get("augment", "none") if isinstance(training, dict) else "none"
+
+
+def make_setup(options: Options, network: checkpoint.Network, loaded: datasets.Augmented) -> Setup:
     model = network.build()
-    examples = {
-        part: jax.tree.map(lambda x: x[: options.num_examples], getattr(data, part))
-        for part in ("train", "test")
-    }
+
+    def first(part):
+        return jax.tree.map(lambda x: x[: options.num_examples], part)
+
+    train, test = first(loaded.data.train), first(loaded.data.test)
     source = batches.split(
-        examples["train"],
-        min(options.batch_size, len(examples["train"].labels)),
+        first(loaded.train),
+        min(options.batch_size, len(train.labels)),
         key=jax.random.fold_in(jax.random.key(options.seed), 1),
         drop_remainder=True,
     )
@@ -182,9 +195,10 @@ def make_setup(options: Options, network: checkpoint.Network, data: datasets.Dat
         model,
         {} if network.state is None else network.state,
         source,
-        batches.split(examples["train"], 1000),
-        batches.split(examples["test"], 1000),
-        np.asarray(examples["test"].labels),
+        loaded.transform,
+        batches.split(train, 1000),
+        batches.split(test, 1000),
+        np.asarray(test.labels),
         model_fn,
     )
 
@@ -207,6 +221,7 @@ def collect(options: Options, setup: Setup, start: Any, num: int) -> curves.Coll
         "store": checkpoint.Checkpointer(options.out / "collected", every=1, keep=None),
         "log": options.out / "log.jsonl",
         "log_every": max(1, length // 10),
+        "transform": setup.transform,
     }
     if options.method == "fge":
         return curves.fge(
@@ -233,7 +248,11 @@ def save(options: Options, setup: Setup, network: checkpoint.Network, name: str,
         checkpoint.save_network(
             path, params, state, model=network.model, options=network.options,
             dataset=options.dataset or network.metadata["dataset"], seed=options.seed,
-            metadata={"method": options.method, "network": str(options.network)},
+            metadata={
+                "method": options.method,
+                "network": str(options.network),
+                "training": {"augment": augmentation(options, network)},
+            },
         )  # fmt: skip
     found = checkpoint.load_network(path)
     return found.params, {} if found.state is None else found.state
@@ -304,14 +323,15 @@ def main(options: Options) -> None:
     name = options.dataset or network.metadata["dataset"]
     if name is None:
         sys.exit("fge: the network does not say what it was trained on; give --dataset.")
-    data = datasets.load(name, options.data_dir)
-    if data.num_classes is None:
+    augment = augmentation(options, network)
+    loaded = datasets.load_augmented(name, options.data_dir, augment)
+    if loaded.data.num_classes is None:
         sys.exit(f"fge: {name} has no classes, and predictions are averaged over classes.")
-    setup = make_setup(options, network, data)
+    setup = make_setup(options, network, loaded)
     # A folder is claimed once the options are known to be good.
     report.claim(
         options.out,
-        dataclasses.asdict(options) | {"contents": contents(start)},
+        dataclasses.asdict(options) | {"contents": contents(start), "augment": augment},
         may_differ=("data_dir", "out", "checkpoint_every", "network", "start"),
     )
     facts = (
@@ -332,7 +352,8 @@ def main(options: Options) -> None:
     }.get(options.method, f"a constant rate of {options.lr_1:g}")
     trained = (
         f"{found.steps[-1]} steps of {setup.source.batch_size} examples, SGD with momentum "
-        f"{options.momentum:g}, {rates}, decay {options.weight_decay:g}."
+        f"{options.momentum:g}, {rates}, decay {options.weight_decay:g}, "
+        + ("no augmentation." if augment == "none" else f"augmentation {augment}.")
     )
     print(f"\nTraining: {trained} ({time.perf_counter() - since:.0f} s)")
 

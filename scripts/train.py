@@ -54,7 +54,7 @@ class Options:
     """How the learning rate falls."""
     warmup_epochs: float = 0.0
     """Linear warm-up before the cosine."""
-    augment: Literal["none", "pad_crop_flip", "affine"] = "none"
+    augment: datasets.Augmentation = "none"
     """Random changes of the training images."""
     seed: int = 0
     """The seed of initial weights, order, dropout and augmentation."""
@@ -80,48 +80,23 @@ def make_optimizer(options: Options, num_steps: int, steps_per_epoch: int):
     return optax.chain(optax.add_decayed_weights(options.weight_decay), rule)
 
 
-def make_transform(options: Options, data: datasets.Dataset):
-    if options.augment == "none":
-        return None
-    change = getattr(datasets.augment, options.augment)
-
-    def transform(key, batch):
-        return batch._replace(inputs=datasets.normalize(change(key, batch.inputs), constants))
-
-    constants = data.normalization
-    return transform
-
-
 def main(options: Options) -> None:
     start = time.perf_counter()
     try:
         chosen = json.loads(options.model_options)
     except json.JSONDecodeError as error:
         sys.exit(f"train: --model-options is no JSON object: {error}.")
-    raw = options.augment != "none"
-    source = {"download": options.download, "raw": True} if raw else {"download": options.download}
-    if options.dataset in ("two_spirals", "regression_1d"):
-        if raw:
-            sys.exit(f"train: --augment is for images, and {options.dataset} has none.")
-        source = {}
-    data = datasets.load(options.dataset, options.data_dir, **source)
-    clean = data
-    if raw:
-        clean = data._replace(
-            **{
-                part: getattr(data, part)._replace(
-                    inputs=datasets.normalize(getattr(data, part).inputs, data.normalization)
-                )
-                for part in ("train", "validation", "test")
-            }
-        )
+    source = datasets.load_augmented(
+        options.dataset, options.data_dir, options.augment, download=options.download
+    )
+    data = source.data
     task = "regression" if data.num_classes is None else "classification"
     if "num_classes" in models.options(options.model):
         chosen = {"num_classes": data.num_classes or data.train.labels.shape[-1]} | chosen
     model = models.build(options.model, **chosen)
     key_init, key_order, key_run = jax.random.split(jax.random.key(options.seed), 3)
-    params, state = model.init(key_init, clean.train.inputs[:1])
-    order = batches.split(data.train, options.batch_size, key=key_order, drop_remainder=True)
+    params, state = model.init(key_init, data.train.inputs[:1])
+    order = batches.split(source.train, options.batch_size, key=key_order, drop_remainder=True)
     # A folder is claimed once the options are known to be good; where the data and the results lie
     # does not change the run.
     report.claim(
@@ -134,11 +109,11 @@ def main(options: Options) -> None:
         f"{options.dataset} ({data.source}): {len(data.train.labels)} training examples, "
         f"{num_steps} steps"
     )
-    on_train = batches.split(clean.train, 1000)
+    on_train = batches.split(data.train, 1000)
     metrics_fn = objectives.metrics_with_state(model.apply, task)
-    held_out = clean.validation if len(clean.validation.labels) else clean.train
+    held_out = data.validation if len(data.validation.labels) else data.train
     on_validation = batches.mean(metrics_fn, batches.split(held_out, 1000))
-    name = "validation" if held_out is clean.validation else "train"
+    name = "validation" if held_out is data.validation else "train"
 
     def evaluate(params, step):
         del step
@@ -155,7 +130,7 @@ def main(options: Options) -> None:
         make_optimizer(options, num_steps, len(order)),
         num_steps,
         key=key_run,
-        transform=make_transform(options, data),
+        transform=source.transform,
         evaluate=evaluate,
         evaluate_every=steps(options.evaluate_every),
         checkpoint=checkpoint.Checkpointer(
@@ -169,7 +144,7 @@ def main(options: Options) -> None:
     state = statistics.refresh(model.apply, result.params, state, on_train)
     rows = []
     for part in ("train", "validation", "test"):
-        examples = getattr(clean, part)
+        examples = getattr(data, part)
         if len(examples.labels):
             found = batches.mean(metrics_fn, batches.split(examples, 1000))(result.params, state)
             rows.append(

@@ -24,11 +24,10 @@ from flax import nnx
 from flax.core import FrozenDict
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from geojax import batches, checkpoint, fit, models, tree
+from geojax import _checksums, batches, checkpoint, fit, models, tree
 from geojax.checkpoint import (
     Checkpointer,
     CheckpointError,
-    _checksums,
     _description,
     _exports,
     _files,

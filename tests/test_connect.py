@@ -190,6 +190,32 @@ def test_a_stopped_training_ends_with_the_same_bits(connect, connected, networks
     assert equal(first, again)
 
 
+def test_a_stopped_measuring_goes_on_from_its_position(
+    connect, connected, networks, tmp_path, monkeypatch
+):
+    folder = tmp_path / "stopped"
+    shutil.copytree(connected, folder)
+    name = f"curve-train-{SMALL['num_eval']}-points"
+    (folder / "state" / f"{name}.json").unlink()
+    shutil.rmtree(folder / "measured" / name)
+    calls, refresh = [], statistics.refresh
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return refresh(*args, **kwargs)
+
+    monkeypatch.setattr(statistics, "refresh", stopping)
+    options = connect.Options(networks=tuple(networks[:2]), out=folder, **SMALL)
+    with pytest.raises(KeyboardInterrupt):
+        connect.main(options)
+    connect.main(options)
+    # Four of seven positions were kept; the last of them and the other three were measured then.
+    assert len(calls) == 6 + 1 + 3
+    assert result(folder)["along"] == result(connected)["along"]
+
+
 def test_alignment_takes_a_permuted_copy_back(connect, networks, tmp_path):
     small = SMALL | {"epochs": 1, "num_eval": 3, "curve": "polychain", "num_points": 4}
     pair = (networks[0], networks[2])

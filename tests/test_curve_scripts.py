@@ -451,6 +451,70 @@ def test_weights_are_averaged_and_drawn_with_statistics_of_their_own(
     assert compared["2 draws of SWAG"] == pytest.approx(nll(np.mean(probs, 0), labels), rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def augmented(scripts, networks, tmp_path_factory):
+    """A network that says it was trained with augmentation, and members that it gave."""
+    folder = tmp_path_factory.mktemp("augmented")
+    network = checkpoint.load_network(networks / "a" / "network")
+    path = save(folder / "a", network.params, network.state, training={"augment": "affine"})
+    scripts["fge"].main(scripts["fge"].Options(network=path, out=folder / "run", **FGE))
+    return path, folder / "run"
+
+
+def test_members_are_trained_on_images_changed_as_the_network_was(
+    scripts, augmented, collected, model, parts, networks, pair, tmp_path
+):
+    path, folder = augmented
+    network = checkpoint.load_network(path)
+    found = datasets.load_augmented("digits", augmentation="affine")
+    source = batches.split(
+        jax.tree.map(lambda x: x[:NUM], found.train), 100,
+        key=jax.random.fold_in(jax.random.key(5), 1), drop_remainder=True,
+    )  # fmt: skip
+    mine = curves.fge(
+        objectives.loss(model.apply, network.state), network.params, source,
+        lambda rate: optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(rate, 0.9)),
+        high=0.2, low=0.01, cycle_steps=6, num_members=2, transform=found.transform,
+        key=jax.random.fold_in(jax.random.key(5), 2),
+    )  # fmt: skip
+    saved = [checkpoint.load_network(folder / "members" / name) for name in ("00", "01")]
+    for member, params in zip(saved, tree.unstack(mine.members), strict=True):
+        assert equal(member.params, params)
+        # Statistics and scores are of the images as they are.
+        fresh = statistics.refresh(model.apply, params, network.state, parts["train"])
+        assert equal(member.state, fresh)
+        assert member.metadata["training"] == {"augment": "affine"}
+    own = at_its_own(model, parts, saved[1].params, network.state, "test")
+    assert result(folder)["members"][1]["NLL"] == pytest.approx(float(own["loss"]), rel=1e-4)
+    plain = checkpoint.load_network(collected / "members" / "00").params
+    assert not equal(saved[0].params, plain)
+    # What is asked for goes before what is recorded.
+    options = scripts["fge"].Options(network=path, augment="none", out=tmp_path / "run", **FGE)
+    scripts["fge"].main(options)
+    assert equal(checkpoint.load_network(tmp_path / "run" / "members" / "00").params, plain)
+    with pytest.raises(ValueError, match="augment is 'none' there and 'affine' here"):
+        scripts["fge"].main(dataclasses.replace(options, augment="as_trained"))
+    assert "augmentation affine." in (folder / "report.html").read_text()
+
+
+def test_a_killed_run_with_augmentation_ends_with_the_same_bits(
+    scripts, augmented, tmp_path, monkeypatch
+):
+    script, (path, folder) = scripts["fge"], augmented
+    options = script.Options(network=path, out=tmp_path / "run", **FGE)
+    counted, calls = stops_after(3, checkpoint.Checkpointer.save, Killed)
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", counted)
+    with pytest.raises(Killed):
+        script.main(options)
+    assert len(calls) == 4
+    monkeypatch.undo()
+    script.main(options)
+    assert result(tmp_path / "run")["start"] > 0
+    for name in ("members/00", "members/01"):
+        first, again = (checkpoint.load_network(x / name) for x in (folder, tmp_path / "run"))
+        assert equal((first.params, first.state), (again.params, again.state))
+
+
 # ---------------------------------------------------------------------------- of many networks
 
 
@@ -545,6 +609,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
         other, params, {}, model="mlp", options={"widths": [8], "num_classes": 10},
         dataset="digits",
     )  # fmt: skip
+    wrong = save(tmp_path / "wrong", params, {}, training={"augment": "cutout"})
     spirals = tmp_path / "spirals"
     checkpoint.save_network(spirals, params, {}, model="mlp", dataset="regression_1d")
     for name, given, words in (
@@ -572,6 +637,12 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
     ):
         with pytest.raises(SystemExit, match=words):
             scripts[name].main(scripts[name].Options(**given, out=tmp_path / "none"))
+    for given, words in (
+        ({"network": wrong}, "unknown augmentation 'cutout'; expected one of none,"),
+        ({"network": pair[0], "dataset": "two_spirals", "augment": "affine"}, "is for images, and"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            scripts["fge"].main(scripts["fge"].Options(**given, out=tmp_path / "none"))
     for name, given in (
         ("eval_curve", {"curve": tmp_path / "missing"}),
         ("chain", {"networks": (pair[0], tmp_path / "missing")}),

@@ -1110,6 +1110,34 @@ def test_normalization_constants_may_be_arguments_of_a_jitted_function(rng):
     np.testing.assert_allclose(out, expected, atol=20 * EPSILON)
 
 
+@pytest.mark.parametrize("function", AUGMENTATIONS)
+def test_data_loaded_for_an_augmentation_are_the_plain_ones_and_what_changes_them(function):
+    plain, raw = datasets.load("digits"), datasets.load("digits", raw=True)
+    found = datasets.load_augmented("digits", augmentation=function.__name__)
+    for mine, theirs in zip(jax.tree.leaves(found.data), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    for mine, theirs in zip(found.train, raw.train, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    key, batch = jax.random.key(3), datasets.Examples(*(x[:6] for x in raw.train))
+    changed = found.transform(key, batch)
+    expected = datasets.normalize(function(key, batch.inputs), plain.normalization)
+    np.testing.assert_array_equal(changed.inputs, expected)
+    np.testing.assert_array_equal(changed.labels, batch.labels)
+    assert np.abs(np.asarray(changed.inputs) - plain.train.inputs[:6]).max() > 0.1
+
+
+def test_without_augmentation_the_training_part_is_itself_and_what_cannot_be_is_refused():
+    found = datasets.load_augmented("two_spirals")
+    assert found.train is found.data.train
+    assert found.transform is None
+    with pytest.raises(ValueError, match="'affine' is for images, and two_spirals has none"):
+        datasets.load_augmented("two_spirals", augmentation="affine")
+    with pytest.raises(ValueError, match="unknown augmentation 'warp'; expected one of none, pad"):
+        datasets.load_augmented("digits", augmentation="warp")
+    with pytest.raises(ValueError, match="unknown data set 'digit'"):
+        datasets.load_augmented("digit")
+
+
 def test_what_is_no_batch_of_images_is_refused(rng):
     key = jax.random.key(0)
     with pytest.raises(ValueError, match=r"images have shape \(9, 7, 3\); expected \(n, height"):

@@ -27,7 +27,7 @@ from jax.tree_util import (
     tree_flatten_with_path,
 )
 
-from geojax.checkpoint._checksums import checksums
+from geojax._checksums import checksums
 from geojax.checkpoint._files import CheckpointError, first_line
 
 PyTree = Any

@@ -11,6 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from geojax import batches as batches_
 from geojax import progress as bars
 from geojax import surface, tree
+from geojax._checksums import checksums
+from geojax._measured import Measured
 from geojax.curves.bases import (
     Basis,
     check_basis,
@@ -18,6 +20,7 @@ from geojax.curves.bases import (
     coefficients,
     gram_of_differences,
 )
+from geojax.fit import Checkpointer
 
 __all__ = ["CurveEvaluation", "MetricOnCurve", "evaluate", "summarize"]
 
@@ -123,6 +126,7 @@ def evaluate(
     num_at_once: int = 8,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
     mesh: Mesh | NamedSharding | None = None,
+    checkpoint: Checkpointer | None = None,
     progress: bool | None = None,
 ) -> CurveEvaluation:
     """Measure metrics at points along a curve, on fixed data in a fixed order.
@@ -143,6 +147,10 @@ def evaluate(
         num_at_once: How many positions `states_fn` is given; the last time it may be fewer.
         weight_fn: Weight of a batch; by default its number of examples.
         mesh: Split each batch over this mesh's first axis.
+        checkpoint: A `geojax.checkpoint.Checkpointer`: the values so far are saved every
+            `checkpoint.every` positions, at the end and on an interrupt; the same call goes on from
+            there, to the bits of one that was not interrupted. It first measures the last position
+            again, and refuses to go on where other metrics, states or data show there.
         progress: True or False for a bar; by default one appears when it takes long.
 
     Returns:
@@ -150,7 +158,9 @@ def evaluate(
         `num_at_once` with `states_fn`.
 
     Raises:
-        ValueError: If basis and control points do not fit, or `ts` does not ascend from 0 to 1.
+        ValueError: If basis and control points do not fit, or `ts` does not ascend from 0 to 1; for
+            a checkpoint of another curve, of other positions or metrics.
+        TypeError: If `metrics_fn` returns no dict of scalars.
 
     Reference:
         Garipov et al., 2018, section 4: minimum, maximum, mean over t, integral over length.
@@ -175,6 +185,7 @@ def evaluate(
         num_at_once=num_at_once,
         weight_fn=weight_fn,
         mesh=mesh,
+        checkpoint=checkpoint,
         progress=progress,
     )
     inner = gram_of_differences(control_points)
@@ -201,6 +212,7 @@ def measure(
     num_at_once: int = 8,
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
     mesh: Mesh | NamedSharding | None = None,
+    checkpoint: Checkpointer | None = None,
     progress: bool | None = None,
 ) -> dict[str, np.ndarray]:
     """Metrics at the points with these coefficients, `(m, n)`: float64 arrays `(m,)`."""
@@ -209,27 +221,50 @@ def measure(
     if not isinstance(num_at_once, (int, np.integer)) or num_at_once < 1:
         raise ValueError(f"num_at_once is {num_at_once!r}; expected an integer of at least 1.")
     weights = jnp.asarray(weights, jnp.float32)
-    averaged = batches_.mean(metrics_fn, batches, weight_fn=weight_fn, mesh=mesh)
+    source = batches_.as_batches(batches)
+    averaged = batches_.mean(metrics_fn, source, weight_fn=weight_fn, mesh=mesh)
+    record = {} if checkpoint is None else _record(control_points, source)
+    run = Measured(label, np.asarray(weights), checkpoint, record, rtol=1e-6)
+    # What was measured last is measured again, to know that it is the same.
+    begin = max(run.done - 1, 0)
 
     def points() -> Iterator[tuple[PyTree, tuple[PyTree, ...]]]:
-        for first in range(0, len(weights), num_at_once if states_fn else 1):
-            if states_fn is None:
-                params = _at(control_points, weights[first])
+        if states_fn is None:
+            for i in range(begin, len(weights)):
+                params = _at(control_points, weights[i])
                 yield params, () if state_fn is None else (state_fn(params),)
-            else:
-                some = _at(control_points, weights[first : first + num_at_once])
-                states = tree.unstack(states_fn(some))
-                yield from zip(tree.unstack(some), ((state,) for state in states), strict=True)
+            return
+        # The same positions share a pass, wherever a run goes on: their number may change bits.
+        for first in range(begin - begin % num_at_once, len(weights), num_at_once):
+            some = _at(control_points, weights[first : first + num_at_once])
+            states = tree.unstack(states_fn(some))
+            group = list(zip(tree.unstack(some), ((state,) for state in states), strict=True))
+            yield from group[max(begin - first, 0) :]
 
-    rows: list[Any] = []
     with bars.bar(len(weights), label, show=progress) as update:
-        for i, (params, extra) in enumerate(points()):
-            rows.append(averaged(params, *extra))
-            if i:  # the host runs one point ahead
-                jax.block_until_ready(rows[i - 1])
-            update(i + 1)
-    rows = jax.device_get(rows)
-    return {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
+        try:
+            waiting = None
+            for i, (params, extra) in enumerate(points(), begin):
+                value = averaged(params, *extra)
+                if i < run.done:
+                    run.compare(value)
+                    continue
+                if waiting is not None:  # the host runs one point ahead
+                    update(run.take(waiting))
+                waiting = value
+            if waiting is not None:
+                update(run.take(waiting))
+        finally:
+            run.save()
+    return run.values
+
+
+def _record(control_points: PyTree, source: Any) -> dict[str, Any]:
+    """What tells one curve and its data from others, JSON-able."""
+    return {
+        "control points": checksums(jax.tree.leaves(control_points)),
+        "source": source.fingerprint() if isinstance(source, batches_.Batches) else None,
+    }
 
 
 @jax.jit

@@ -438,8 +438,8 @@ def patch_evaluate(
         batches: One batch or a re-iterable.
         resolution: Grid steps along an edge: (r + 1)(r + 2) / 2 points of a triangle, (r + 1)^2 of
             a square, the corners among them.
-        **options: `state_fn`, `states_fn`, `num_at_once`, `weight_fn`, `mesh` and `progress` of
-            `curves.evaluate`.
+        **options: `state_fn`, `states_fn`, `num_at_once`, `weight_fn`, `mesh`, `checkpoint` and
+            `progress` of `curves.evaluate`.
 
     Returns:
         A `PatchEvaluation`. Cost: one pass over the data per grid point; the highest value is that

@@ -116,8 +116,8 @@ def measure_path(
         points: Stacked pivots, two or more.
         batches: One batch or a re-iterable.
         num_between: Positions within each segment.
-        **options: `state_fn`, `states_fn`, `num_at_once`, `weight_fn`, `mesh` and `progress` of
-            `curves.evaluate`.
+        **options: `state_fn`, `states_fn`, `num_at_once`, `weight_fn`, `mesh`, `checkpoint` and
+            `progress` of `curves.evaluate`.
 
     Returns:
         A `Path`. Cost: (n - 1) (num_between + 1) + 1 passes over the data.

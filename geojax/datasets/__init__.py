@@ -6,7 +6,14 @@ augmentation is in `augment`. Optional dependencies load only where they are use
 """
 
 from geojax.datasets import augment
-from geojax.datasets.loading import NAMES, load, prepare
+from geojax.datasets.loading import (
+    NAMES,
+    Augmentation,
+    Augmented,
+    load,
+    load_augmented,
+    prepare,
+)
 from geojax.datasets.splits import class_skewed_split
 from geojax.datasets.synthetic import regression_1d, two_spirals
 from geojax.datasets.tables import (
@@ -20,12 +27,15 @@ from geojax.datasets.tables import (
 __all__ = [
     "NAMES",
     "NORMALIZATIONS",
+    "Augmentation",
+    "Augmented",
     "Dataset",
     "Examples",
     "Normalization",
     "augment",
     "class_skewed_split",
     "load",
+    "load_augmented",
     "normalize",
     "prepare",
     "regression_1d",

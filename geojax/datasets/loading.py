@@ -3,11 +3,13 @@
 import operator
 import os
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
+import jax
 import numpy as np
 
-from geojax.datasets import archives, prepared, synthetic
+from geojax.datasets import archives, augment, prepared, synthetic
 from geojax.datasets import cache as cache_
 from geojax.datasets.tables import (
     NORMALIZATIONS,
@@ -20,12 +22,15 @@ from geojax.datasets.tables import (
     normalize,
 )
 
-__all__ = ["NAMES", "load", "prepare"]
+__all__ = ["NAMES", "Augmentation", "Augmented", "load", "load_augmented", "prepare"]
 
 _SYNTHETIC = {"two_spirals": synthetic.two_spirals, "regression_1d": synthetic.regression_1d}
 
 NAMES: tuple[str, ...] = ("digits", *_SYNTHETIC, *SPECS)
 """What `load` knows."""
+
+Augmentation = Literal["none", "pad_crop_flip", "affine"]
+"""What `load_augmented` knows."""
 
 _DIGITS_VALIDATION = 130  # leaves 768 training images: six batches of 128
 _VALIDATION = 5000
@@ -130,6 +135,77 @@ def load(
         normalization=constants,
         source=source,
     )
+
+
+class Augmented(NamedTuple):
+    """A data set, and how to train on random changes of its images.
+
+    Attributes:
+        data: The data set as `load` gives it: what to measure on.
+        train: What to train on: raw pixels of the training part, or the part itself without
+            augmentation.
+        transform: `(key, batch) -> batch`, from raw pixels to changed inputs, as `fit.fit` takes
+            it; None without augmentation.
+    """
+
+    data: Dataset
+    train: Examples
+    transform: Callable[[jax.Array, Examples], Examples] | None
+
+
+def load_augmented(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    augmentation: Augmentation = "none",
+    **options: Any,
+) -> Augmented:
+    """Load a data set by name for training with an augmentation by name.
+
+    Args:
+        name: As for `load`.
+        data_dir: As for `load`.
+        augmentation: A function of `datasets.augment` with its defaults, applied to raw pixels and
+            before normalization; or "none".
+        **options: Further options of `load`.
+
+    Returns:
+        The data set, its training part and the transform.
+
+    Raises:
+        ValueError: For an unknown augmentation, or one of data that are no images.
+        FileNotFoundError: And others, as `load`.
+
+    Example:
+        >>> found = load_augmented("digits", augmentation="pad_crop_flip")
+        >>> batch = found.transform(jax.random.key(0), Examples(*(x[:5] for x in found.train)))
+        >>> found.train.inputs.dtype.name, batch.inputs.dtype.name, batch.inputs.shape
+        ('uint8', 'float32', (5, 8, 8, 1))
+    """
+    _check_name(name)
+    if augmentation not in get_args(Augmentation):
+        raise ValueError(
+            f"unknown augmentation {augmentation!r}; expected one of "
+            f"{', '.join(get_args(Augmentation))}."
+        )
+    if augmentation == "none":
+        data = load(name, data_dir, **options)
+        return Augmented(data, data.train, None)
+    if name in _SYNTHETIC:
+        raise ValueError(f"the augmentation {augmentation!r} is for images, and {name} has none.")
+    raw = load(name, data_dir, raw=True, **options)
+    change, constants = getattr(augment, augmentation), raw.normalization
+    assert constants is not None
+
+    def inputs(part: Examples) -> Examples:
+        return part._replace(inputs=normalize(part.inputs, constants))
+
+    def transform(key: jax.Array, batch: Examples) -> Examples:
+        return inputs(batch._replace(inputs=change(key, batch.inputs)))
+
+    data = raw._replace(
+        train=inputs(raw.train), validation=inputs(raw.validation), test=inputs(raw.test)
+    )
+    return Augmented(data, raw.train, transform)
 
 
 def prepare(

@@ -3,7 +3,6 @@
 The grid is evaluated point by point with one compiled program, can be stopped, and goes on later.
 """
 
-import json
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from geojax import batches as batches_
 from geojax import progress as progress_
 from geojax import tree
+from geojax._measured import Measured
 from geojax.fit import Checkpointer
 from geojax.surface.directions import check_direction
 
@@ -368,7 +368,9 @@ def plane(
     )
     flat = places.reshape(-1, 2)
     record = {} if checkpoint is None else _record(found, source)
-    run = _Run(flat, chunk, checkpoint, record)
+    run = Measured(
+        "plane", flat, checkpoint, record, close=("origin", "points"), rtol=1e-4, chunk=chunk
+    )
     with progress_.bar(len(flat), "plane", show=progress) as bar:
         try:
             waiting = None
@@ -432,72 +434,8 @@ def _measure(found: Frame, places: np.ndarray, chunk: int, averaged, state_fn) -
 def _record(found: Frame, source: Any) -> dict[str, Any]:
     """What tells one plane from another, JSON-able."""
     leaning = np.asarray(tree.inner_products(found.basis, _wide(found.origin)))
-    record = {
+    return {
         "origin": [float(tree.norm(found.origin)), *map(float, leaning)],
         "points": found.points.ravel().tolist(),
+        "source": source.fingerprint() if isinstance(source, batches_.Batches) else None,
     }
-    if isinstance(source, batches_.Batches):
-        record["source"] = source.fingerprint()
-    return json.loads(json.dumps(record))
-
-
-def _close(theirs: Any, mine: Any) -> bool:
-    """Whether two arrays are the same but for the order of sums, as on other devices."""
-    theirs, mine = np.asarray(theirs, np.float64), np.asarray(mine, np.float64)
-    return theirs.shape == mine.shape and bool(
-        np.abs(theirs - mine).max() <= 1e-4 * np.abs(mine).max()
-    )
-
-
-class _Run:
-    """The values so far, and their checkpoints."""
-
-    def __init__(self, flat: np.ndarray, chunk: int, checkpoint: Checkpointer | None, record):
-        self.flat, self.checkpoint, self.record = flat, checkpoint, record
-        self.shape = () if chunk == 1 else (chunk,)
-        self.values: dict[str, np.ndarray] = {}
-        self.done = self.saved = 0
-        if checkpoint is not None and checkpoint.latest() is not None:
-            self._resume(checkpoint)
-
-    def _resume(self, checkpoint: Checkpointer) -> None:
-        state, about = checkpoint.restore(None)
-        same = {
-            "origin": _close(about.get("origin", []), self.record["origin"]),
-            "points": _close(about.get("points", []), self.record["points"]),
-            "positions": _close(state.get("positions", []), self.flat),
-            "source": about.get("source") == self.record.get("source"),
-        }
-        for name, agrees in same.items():
-            if not agrees:
-                raise ValueError(
-                    f"plane: the checkpoint in {checkpoint.location} is of another run: its {name} "
-                    "differ from this run's. Use the same arguments to resume, or another folder."
-                )
-        self.values = {name: np.array(x) for name, x in state["values"].items()}
-        self.done = self.saved = int(state["done"])
-
-    def take(self, value: PyTree, count: int) -> int:
-        value = jax.device_get(value)
-        if not isinstance(value, dict) or any(np.shape(x) != self.shape for x in value.values()):
-            raise TypeError("plane: metrics_fn must return a dict of scalars.")
-        if not self.values:
-            self.values = {name: np.full(len(self.flat), np.nan) for name in value}
-        if set(value) != set(self.values):
-            raise ValueError(
-                f"plane: the metrics are {sorted(value)}, and those before {sorted(self.values)}; "
-                "they must be the same at every position."
-            )
-        for name, x in value.items():
-            self.values[name][self.done : self.done + count] = np.reshape(x, -1)[:count]
-        self.done += count
-        if self.checkpoint is not None and self.done - self.saved >= self.checkpoint.every:
-            self.save()
-        return self.done
-
-    def save(self) -> None:
-        if self.checkpoint is None or self.done == self.saved:
-            return
-        state = {"done": np.array(self.done), "positions": self.flat, "values": self.values}
-        self.checkpoint.save(self.done, state, self.record)
-        self.saved = self.done

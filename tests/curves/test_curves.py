@@ -398,3 +398,121 @@ def test_a_trained_curve_goes_around_the_hill_and_keeps_its_ends():
     assert around.metrics["loss"].end == pytest.approx(float(own["loss"]), abs=1e-6)
     again = measure(found.control_points)
     np.testing.assert_array_equal(again.metrics["loss"].values, around.metrics["loss"].values)
+
+
+# ------------------------------------------------------------------------------- resuming
+
+
+class Counted:
+    """Batches that count the passes over them, and end one with Ctrl-C."""
+
+    def __init__(self, stop=None, rows=None):
+        self.rows = np.random.default_rng(1).normal(size=(10, 5)) if rows is None else rows
+        self.stop, self.passes = stop, 0
+
+    def __iter__(self):
+        self.passes += 1
+        if self.passes == self.stop:
+            raise KeyboardInterrupt
+        return iter(batches.split(self.rows.astype(np.float32), 4))
+
+
+def bowl(params, state, batch):
+    away = params["w"][None] - batch
+    return {"loss": 0.5 * jnp.mean(jnp.sum(away**2, axis=1)) + state, "linear": jnp.mean(away)}
+
+
+def bent():
+    return {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)}
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_interrupted_evaluation_goes_on_to_the_same_bits(several, tmp_path):
+    made = []
+
+    def state_fn(params):
+        made.append(1)
+        return jnp.sum(params["w"] ** 2)
+
+    def states_fn(points):
+        made.append(len(points["w"]))
+        return jnp.sum(points["w"] ** 2, axis=1)
+
+    how = {"states_fn": states_fn, "num_at_once": 4} if several else {"state_fn": state_fn}
+    run = functools.partial(curves.evaluate, bowl, curves.bezier(3), bent(), ts=13, **how)
+    whole = run(Counted())
+    keep = checkpoint.Checkpointer(tmp_path, every=2, keep=None)
+    with pytest.raises(KeyboardInterrupt):
+        run(Counted(stop=8), checkpoint=keep)
+    # The seventh position was still on its way.
+    assert keep.steps() == [2, 4, 6]
+    made.clear()
+    rest = Counted()
+    resumed = run(rest, checkpoint=keep)
+    # The last one once more, and the seven that were missing, in groups that are as before.
+    assert rest.passes == 1 + 7
+    assert made == ([4, 4, 1] if several else [1] * 8)
+    for name, metric in whole.metrics.items():
+        np.testing.assert_array_equal(resumed.metrics[name].values, metric.values)
+    assert resumed.table() == whole.table()
+    assert keep.steps() == [2, 4, 6, 8, 10, 12, 13]
+    done = Counted()
+    assert run(done, checkpoint=keep).table() == whole.table()
+    assert done.passes == 1
+
+
+def test_only_the_evaluation_that_was_stopped_goes_on(tmp_path):
+    def metrics_fn(params, batch):
+        return bowl(params, jnp.zeros(()), batch)
+
+    def half(params, batch):
+        return {name: 0.5 * x for name, x in metrics_fn(params, batch).items()}
+
+    w, rows = bent(), np.random.default_rng(1).normal(size=(10, 5)).astype(np.float32)
+    keep = checkpoint.Checkpointer(tmp_path, every=3)
+    given = {
+        "metrics_fn": metrics_fn, "basis": curves.bezier(3), "control_points": w,
+        "batches": batches.split(rows, 4), "ts": 5, "checkpoint": keep,
+    }  # fmt: skip
+    found = curves.evaluate(**given)
+    # One unit in the last place of one weight.
+    other = {"w": w["w"].at[1, 2].set(jnp.nextafter(w["w"][1, 2], jnp.float32(9)))}
+    for change, says in (
+        ({"control_points": other}, "its control points differ"),
+        ({"basis": curves.polychain(3)}, "its positions differ"),
+        ({"ts": 6}, "its positions differ"),
+        ({"ts": [0, 0.25, 0.5, 0.7501, 1]}, "its positions differ"),
+        ({"batches": batches.split(rows, 5)}, "its source differ"),
+        ({"batches": batches.split(rows + 1, 4)}, "at position 4 is .* on other data"),
+        ({"metrics_fn": half}, "at position 4 is .* by another function"),
+        (
+            {"metrics_fn": lambda p, b: {"loss": metrics_fn(p, b)["loss"]}},
+            r"its metrics are \['linear', 'loss'\] and this run's \['loss'\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=says) as raised:
+            curves.evaluate(**(given | change))
+        assert "is of another run" in str(raised.value)
+        assert str(tmp_path) in str(raised.value)
+    assert curves.evaluate(**given).table() == found.table()
+    with pytest.raises(TypeError, match="curve: metrics_fn must return a dict of scalars"):
+        curves.evaluate(lambda p, b: {"w": p["w"]}, curves.bezier(3), w, rows, 3)
+
+
+def test_an_evaluation_stopped_on_one_device_goes_on_on_eight(mesh, tmp_path):
+    w = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 16)), jnp.float32)}
+    rows = np.random.default_rng(1).normal(size=(16, 16)).astype(np.float32)
+    run = functools.partial(curves.evaluate, lambda p, b: {"loss": quadratic(p, b)}, ts=7)
+    whole = run(curves.bezier(3), w, Counted(rows=rows))
+    keep = checkpoint.Checkpointer(tmp_path, every=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(curves.bezier(3), w, Counted(4, rows), checkpoint=keep)
+    assert keep.latest() == 2
+    placed = {"w": jax.device_put(w["w"], NamedSharding(mesh, PartitionSpec(None, "model")))}
+    rest = Counted(rows=rows)
+    with jax.set_mesh(mesh):
+        found = run(curves.bezier(3), placed, rest, checkpoint=keep, mesh=mesh)
+    assert rest.passes == 1 + 5
+    np.testing.assert_allclose(
+        found.metrics["loss"].values, whole.metrics["loss"].values, rtol=1e-5
+    )

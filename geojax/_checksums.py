@@ -1,6 +1,7 @@
 """Checksums of arrays that do not depend on how an array is sharded.
 
-They travel in a checkpoint's description and are compared with what a load has read.
+They travel in a checkpoint's description and are compared with what a load has read, or with the
+points of the run that asks to go on.
 """
 
 from collections.abc import Iterator, Sequence

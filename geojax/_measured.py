@@ -1,0 +1,132 @@
+"""Metrics measured at one position after another, and what a run that stopped had of them.
+
+Planes and curves over large data sets are measured for hours. What was measured is kept in the
+state of a `Checkpointer`: the number of positions done, all positions, and the values.
+"""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from geojax.fit import Checkpointer
+
+__all__ = ["Measured"]
+
+PyTree = Any
+# Far above what another device or compiler makes of the same metrics, far below other metrics.
+AGAIN = 1e-2
+
+
+class Measured:
+    """The values so far, and their checkpoints.
+
+    Args:
+        what: What is measured, as errors call it.
+        positions: `(m, ...)`, all positions in their order.
+        checkpoint: Where the values are kept, or None.
+        record: What tells this run from others besides its positions, JSON-able.
+        close: Lists of floats in the record that need only be close.
+        rtol: How close, and how close positions must be, relative to the largest: they come from
+            sums that other devices make in another order.
+        chunk: Positions in one value; each metric is then `(chunk,)`, and a scalar for 1.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        positions: np.ndarray,
+        checkpoint: Checkpointer | None,
+        record: dict[str, Any],
+        *,
+        rtol: float,
+        close: tuple[str, ...] = (),
+        chunk: int = 1,
+    ):
+        self.what, self.positions, self.checkpoint = what, positions, checkpoint
+        self.record = json.loads(json.dumps(record))
+        self.rtol, self.close = rtol, close
+        self.shape = () if chunk == 1 else (chunk,)
+        self.values: dict[str, np.ndarray] = {}
+        self.done = self.saved = 0
+        if checkpoint is not None and checkpoint.latest() is not None:
+            self._resume(checkpoint)
+
+    def _resume(self, checkpoint: Checkpointer) -> None:
+        state, about = checkpoint.restore(None)
+        for name, mine in self.record.items():
+            theirs = about.get(name)
+            if not (theirs == mine or (name in self.close and _close(theirs, mine, self.rtol))):
+                raise self._of_another(f"its {name} differ from this run's")
+        if not _close(state["positions"], self.positions, self.rtol):
+            raise self._of_another("its positions differ from this run's")
+        self.values = {name: np.array(x) for name, x in state["values"].items()}
+        self.done = self.saved = int(state["done"])
+
+    def _of_another(self, how: str) -> ValueError:
+        assert self.checkpoint is not None
+        return ValueError(
+            f"{self.what}: the checkpoint in {self.checkpoint.location} is of another run: {how}. "
+            "Use the same arguments to resume, or another folder."
+        )
+
+    def take(self, value: PyTree, count: int = 1) -> int:
+        """Keep the metrics of the next `count` positions; returns how many are done."""
+        value = self._checked(value)
+        if not self.values:
+            self.values = {name: np.full(len(self.positions), np.nan) for name in value}
+        if set(value) != set(self.values):
+            raise ValueError(
+                f"{self.what}: the metrics are {sorted(value)}, and those before "
+                f"{sorted(self.values)}; they must be the same at every position."
+            )
+        for name, x in value.items():
+            self.values[name][self.done : self.done + count] = np.reshape(x, -1)[:count]
+        self.done += count
+        if self.checkpoint is not None and self.done - self.saved >= self.checkpoint.every:
+            self.save()
+        return self.done
+
+    def compare(self, value: PyTree) -> None:
+        """Raise unless the last position, measured again, has the metrics that were kept.
+
+        Neither the function that measures nor its data have a name that a checkpoint could keep;
+        only their numbers tell.
+        """
+        value = self._checked(value)
+        if set(value) != set(self.values):
+            raise self._of_another(
+                f"its metrics are {sorted(self.values)} and this run's {sorted(value)}"
+            )
+        for name, x in value.items():
+            kept = self.values[name][self.done - 1]
+            if not np.isclose(x, kept, rtol=AGAIN, atol=1e-6, equal_nan=True):
+                raise self._of_another(
+                    f"its {name!r} at position {self.done - 1} is {kept:.6g} and this run's "
+                    f"{x:.6g}, by another function or state, or on other data"
+                )
+
+    def _checked(self, value: PyTree) -> dict[str, np.ndarray]:
+        value = jax.device_get(value)
+        if not isinstance(value, dict) or any(np.shape(x) != self.shape for x in value.values()):
+            raise TypeError(f"{self.what}: metrics_fn must return a dict of scalars.")
+        return value
+
+    def save(self) -> None:
+        """Keep on disk what is new."""
+        if self.checkpoint is None or self.done == self.saved:
+            return
+        state = {"done": np.array(self.done), "positions": self.positions, "values": self.values}
+        self.checkpoint.save(self.done, state, self.record)
+        self.saved = self.done
+
+
+def _close(theirs: Any, mine: Any, rtol: float) -> bool:
+    """Whether two arrays are the same but for the order of sums, as on other devices."""
+    if theirs is None:
+        return False
+    theirs, mine = np.asarray(theirs, np.float64), np.asarray(mine, np.float64)
+    return theirs.shape == mine.shape and bool(
+        np.abs(theirs - mine).max() <= rtol * np.abs(mine).max()
+    )
