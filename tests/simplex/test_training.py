@@ -269,14 +269,14 @@ def test_simplices_are_drawn_by_their_volume_as_it_is():
     log_probabilities = training._log_probabilities(parts, shape, faces, "volume")
     shares = jax.nn.softmax(log_probabilities)
     np.testing.assert_allclose(shares, [1 / 9, 8 / 9], rtol=1e-5)  # areas 1/2 and 4
-    weights = np.asarray(training._draw(KEY, shape, 20_000, log_probabilities))
+    weights = np.asarray(training._draw(KEY, shape, 20_000, log_probabilities, 1))[:, 0]
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
     inside_first = weights[:, 2] == 0
     assert inside_first.mean() == pytest.approx(1 / 9, abs=0.01)
     chosen = weights[~inside_first][:, [1, 2, 3]]
     np.testing.assert_allclose(chosen.mean(0), 1 / 3, atol=0.01)
     np.testing.assert_allclose(np.cov(chosen.T)[0, 1], -1 / 36, rtol=0.05)
-    uniform = np.asarray(training._draw(KEY, shape, 20_000, jnp.zeros(2)))
+    uniform = np.asarray(training._draw(KEY, shape, 20_000, jnp.zeros(2), 1))[:, 0]
     assert (uniform[:, 2] == 0).mean() == pytest.approx(0.5, abs=0.01)
 
 
