@@ -531,9 +531,9 @@ def main(options: Options, *, fewest: int = 2, most: int | None = None) -> None:
         f"Losses are on the training part, at {options.num_eval} points of the complex and, for "
         "the highest, at its vertices"
         + ("; normalised by the statistics of each batch" if setup.state_fn else "")
-        + ". The share is the size of the volume's gradient relative to the whole, over the steps "
-        "since the last interrupt: below 1e-3 the volume did nothing. Log volumes of different "
-        "dimensions cannot be compared."
+        + ". The share is the size of the volume's gradient relative to the whole, the median over "
+        "the steps: below 1e-3 the volume did nothing. Log volumes of different dimensions cannot "
+        "be compared."
     )
     page.table(stages)
     print(f"\nGrowth: {trained} ({time.perf_counter() - begun:.0f} s)\n{report.text_table(stages)}")
