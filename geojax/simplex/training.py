@@ -62,7 +62,9 @@ class ComplexFit(NamedTuple):
         state: The state of the training loop.
         volume_share: The median over steps of the norm of the volume's gradient over that of the
             whole; NaN without a weight of the volume. Below 1e-3 the volume did nothing. It is of
-            all steps of the run, those before a resume included: checkpoints keep both norms.
+            all steps of the run, those before a resume included: checkpoints keep both norms. Of
+            several complexes it is the mean volume's over the root mean square of the whole ones,
+            so that their number does not matter.
     """
 
     complex: Any
@@ -592,7 +594,7 @@ def fit(
     history = dict(result.history)
     if not weight_decay:
         history.pop("penalty", None)
-    share = _share(result.remembered)
+    share = _share(result.remembered, max(shape.num_components, 1))
     if share < _INERT:
         last = result.remembered["volume_weight"][-1]
         warnings.warn(
@@ -622,11 +624,12 @@ def _checked_complexes(given: Sequence[SimplicialComplex]) -> list[SimplicialCom
     return found
 
 
-def _share(remembered: dict[str, np.ndarray]) -> float:
+def _share(remembered: dict[str, np.ndarray], num: int) -> float:
     """The median share of the volume in the gradient, over the steps where it is known."""
     if not remembered:
         return float("nan")
-    whole = np.maximum(remembered["gradient_norm"], np.finfo(np.float32).tiny)
+    # The gradients of several complexes are one vector to `fit`.
+    whole = np.maximum(remembered["gradient_norm"] / np.sqrt(num), np.finfo(np.float32).tiny)
     shares = remembered["volume_gradient_norm"] / whole
     known = shares[~np.isnan(shares)]
     return float(np.median(known)) if len(known) else float("nan")

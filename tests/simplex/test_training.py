@@ -428,6 +428,16 @@ def test_the_volumes_share_and_its_warning_do_not_depend_on_interrupts(tmp_path)
     assert np.isnan(free.volume_share)
 
 
+def test_the_volumes_share_does_not_depend_on_how_many_complexes_train():
+    start = simplex.single(points(35, 3))
+    zero = lambda params, batch: 0 * jnp.sum(params["a"])  # noqa: E731
+    shared = {"key": KEY, "volume_weight": 0.1, "num_samples": 1}
+    for given in (start, [start], [start] * 4):
+        found = simplex.fit(zero, given, data(), optax.sgd(0.01), 3, **shared)
+        # The volume is all there is in the gradient.
+        assert found.volume_share == pytest.approx(1, rel=1e-5)
+
+
 def test_shared_and_independent_keys_of_dropout():
     seen = []
 
