@@ -12,7 +12,7 @@ import math
 import pathlib
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -429,6 +429,7 @@ def fit(
     checkpoint: Checkpointer | None = None,
     log: str | pathlib.Path | None = None,
     log_every: int = 1,
+    log_fields: Mapping[str, Any] | None = None,
     remember: Sequence[str] = (),
     progress: bool | None = None,
 ) -> FitResult:
@@ -466,6 +467,8 @@ def fit(
         log: A file of JSON lines, one every `log_every` steps; a resume cuts what came after its
             checkpoint.
         log_every: Steps between lines.
+        log_fields: JSON values by name, written into every line. Several runs can then share a
+            file: lines with other values of these are left as they are.
         remember: Metrics whose value at every step is kept with the checkpoints, so that a resumed
             run has those of all its steps; eleven bytes each.
         progress: True or False for a bar; by default one appears on runs that take long.
@@ -510,7 +513,7 @@ def fit(
     if checkpoint is not None and checkpoint.latest() is not None:
         state, kept = _resume(checkpoint, state, record, num_steps)
     start = int(state.step)
-    run = _Run(steps, checkpoint, record, log, log_every, start)
+    run = _Run(steps, checkpoint, record, log, log_every, log_fields, start)
     run.remembered = {name: _unpack(kept.get(name), start) for name in remember}
     feed = _feed(source, int(state.epoch), int(state.batch), accumulate, mesh)
     position = (start, int(state.epoch), int(state.batch))
@@ -605,10 +608,11 @@ def _feed(
 class _Run:
     """One call of `fit`: its compiled step, its metrics on their way to the host, its log."""
 
-    def __init__(self, steps, checkpoint, record, log, log_every, start):
+    def __init__(self, steps, checkpoint, record, log, log_every, log_fields, start):
         self.steps = steps
         self.checkpoint, self.record, self.log_every = checkpoint, record, log_every
         self.log = None if log is None else pathlib.Path(log)
+        self.fields = json.loads(json.dumps(dict(log_fields or {})))
         self.rows: list[dict[str, float]] = []
         self.remembered: dict[str, array] = {}
         self.waiting: list[tuple[int, int, dict]] = []
@@ -616,7 +620,7 @@ class _Run:
         self.began = self.flushed = time.monotonic()
         self.saved: int | None = None if checkpoint is None else checkpoint.latest()
         if self.log is not None:
-            _cut_log(self.log, start)
+            _cut_log(self.log, start, self.fields)
 
     def step(self, state, pieces, weight_fn):
         if len(pieces) == 1:
@@ -683,7 +687,7 @@ class _Run:
                     k: None if isinstance(v, float) and not math.isfinite(v) else v
                     for k, v in line.items()
                 }
-                file.write(json.dumps(clean) + "\n")
+                file.write(json.dumps(self.fields | clean) + "\n")
 
     def _stop(self, step, what):
         good = None
@@ -721,15 +725,18 @@ def _all_finite(params: PyTree) -> bool:
     return not jax.tree.leaves(params) or bool(_finite(params))
 
 
-def _cut_log(log: pathlib.Path, start: int) -> None:
-    """Keep the lines of the steps before `start`, which this run will not write again."""
+def _cut_log(log: pathlib.Path, start: int, fields: dict[str, Any]) -> None:
+    """Keep the lines that this run will not write again: other runs', and those before `start`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     kept = []
-    if start and log.exists():
+    if (start or fields) and log.exists():
         for line in log.read_text().splitlines():
             try:
                 row = json.loads(line)
-                if row["step"] < start or (row["step"] == start and "loss" not in row):
+                ours = all(name in row and row[name] == x for name, x in fields.items())
+                # An evaluation counts the steps before it, a step is numbered from zero.
+                before = row["step"] < start or (row["step"] == start and "loss" not in row)
+                if before or not ours:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 break  # a kill can leave half a line; nothing good comes after it

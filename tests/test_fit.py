@@ -315,6 +315,37 @@ def test_a_resumed_log_has_each_step_once(tmp_path):
     assert rows == list(range(12))
 
 
+def test_runs_that_share_a_log_keep_their_lines_apart(tmp_path):
+    log = tmp_path / "log.jsonl"
+    kept = [Memory(every=4), Memory(every=4)]
+
+    def run(stage, num_steps):
+        fit.fit(
+            loss_fn, network(), shuffled(), optimizer(), num_steps, key=KEY,
+            checkpoint=kept[stage], log=log, log_fields={"stage": stage},
+            evaluate=lambda params, step: {"norm": tree.norm(params)}, evaluate_every=8,
+        )  # fmt: skip
+
+    def found():
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        return [(x["stage"], x["step"], "norm" in x) for x in lines]
+
+    run(0, 8)
+    run(1, 6)
+    del kept[1].saved[6]
+    with log.open("a") as file:
+        file.write('{"stage": 1, "step": 6, "lo')  # as a kill leaves it
+    # The first is whole and adds nothing; the second goes on from its fourth step.
+    run(0, 8)
+    run(1, 8)
+    steps = [(stage, step, False) for stage in range(2) for step in range(8)]
+    assert found() == [*steps[:8], (0, 8, True), *steps[8:], (1, 8, True)]
+    # From its start again, one run cuts its own lines alone.
+    kept[0].saved.clear()
+    run(0, 1)
+    assert found() == [*steps[8:], (1, 8, True), (0, 0, False), (0, 1, True)]
+
+
 def test_remembered_metrics_are_those_of_all_steps_however_often_a_run_was_stopped():
     class Stop(Exception):
         pass

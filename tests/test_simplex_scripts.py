@@ -107,6 +107,12 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
+def log_of(folder):
+    """The lines of the log, but for the time that they took."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if name != "seconds"} for line in lines]
+
+
 def parts():
     data = datasets.load("digits")
     return {
@@ -213,6 +219,9 @@ def test_a_growth_that_was_stopped_ends_with_the_same_bits(
     assert starts == [0, None, num_steps, 0]
     first, again = (checkpoint.load_network(x / "complex").params for x in (grown, tmp_path))
     assert equal(first, again)
+    steps = [(stage, step) for stage in range(2) for step in range(num_steps)]
+    assert [(line["stage"], line["step"]) for line in log_of(grown)] == steps
+    assert log_of(tmp_path) == log_of(grown)
     assert not (tmp_path / "faces.npz").exists()
 
 
@@ -401,6 +410,7 @@ def test_the_claims_are_those_of_the_numbers(spirals):
     wanted = [error["measured"] == 0, highest["measured"] < 0.1, differ["measured"] > 1]
     assert [row["holds"] for row in found["claims"]] == wanted
     assert holds == all(wanted)
+    assert {line["stage"] for line in log_of(folder)} == {"base", 0, 1}
     with np.load(folder / "boundaries.npz") as data:
         # Three networks and their ensemble.
         assert data["probabilities"].shape == (4, 9, 9)
