@@ -11,6 +11,9 @@ data, all numbers as JSON, and a log of the training as JSON lines, where stage 
 vertex added to each. Stop it at any time and call it again with the same options: it goes on from
 its last checkpoint.
 
+There is no --align: a simplex that grows from one network in other units holds the same functions,
+so that predictions would not gain. Complexes of aligned networks are averaged as they are.
+
   python scripts/train.py --seed 0 --out out/a
   python scripts/train.py --seed 1 --out out/b
   python scripts/espro.py --networks out/a/network out/b/network
