@@ -373,6 +373,45 @@ def test_predictions_that_were_stopped_go_on_at_the_next_simplex(
     assert result(folder) == result(averaged)
 
 
+def test_simplexes_that_were_stopped_within_a_vertex_end_with_the_same_bits(
+    scripts, averaged, networks, tmp_path, monkeypatch
+):
+    saved, starts = [], []
+    save, train = checkpoint.Checkpointer.save, growing.fit
+
+    def stopping(self, step, *rest):
+        save(self, step, *rest)
+        saved.append((pathlib.Path(self.location).name, step))
+        if saved[-1] == ("vertex-2", 8) and saved.count(saved[-1]) == 1:
+            raise KeyboardInterrupt
+
+    def counted(*args, **kwargs):
+        found = train(*args, **kwargs)
+        starts.append(found.start)
+        return found
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", stopping)
+    monkeypatch.setattr(growing, "fit", counted)
+    script = scripts["espro"]
+    options = script.Options(networks=networks, out=tmp_path, **ESPRO)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(options)
+    assert not (tmp_path / "simplexes").exists()
+    script.main(options)
+    # Half of the steps of the second vertex were left.
+    assert starts == [0, 16, 8]
+    for i in range(2):
+        mine, other = (
+            checkpoint.load_network(x / "simplexes" / str(i)) for x in (tmp_path, averaged)
+        )
+        assert equal(mine.params, other.params)
+    # Shares of the volume and predictions included.
+    assert result(tmp_path) == result(averaged)
+    steps = [(stage, step) for stage in range(2) for step in range(16)]
+    assert [(line["stage"], line["step"]) for line in log_of(tmp_path)] == steps
+    assert log_of(tmp_path) == log_of(averaged)
+
+
 def test_complexes_that_were_grown_before_are_averaged_as_they_are(
     scripts, grown, tmp_path, monkeypatch
 ):
