@@ -4,13 +4,15 @@
 progress. A network, the bends of a curve or the vertex of a simplex are all trained by it.
 """
 
+import base64
 import functools
 import inspect
 import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -69,6 +71,8 @@ class FitResult(NamedTuple):
             'gradient_norm', and whatever else the step measured.
         evaluations: What `evaluate` returned, with 'step', each time it was called.
         start: The step at which this call began; above 0 when it resumed from a checkpoint.
+        remembered: NumPy arrays of the metrics in `remember`, one entry for each step of the whole
+            run; NaN for steps before a checkpoint that did not keep them.
     """
 
     params: PyTree
@@ -76,6 +80,7 @@ class FitResult(NamedTuple):
     history: dict[str, np.ndarray]
     evaluations: list[dict[str, float]]
     start: int
+    remembered: dict[str, np.ndarray]
 
 
 class NonFiniteError(FloatingPointError):
@@ -424,6 +429,8 @@ def fit(
     checkpoint: Checkpointer | None = None,
     log: str | pathlib.Path | None = None,
     log_every: int = 1,
+    log_fields: Mapping[str, Any] | None = None,
+    remember: Sequence[str] = (),
     progress: bool | None = None,
 ) -> FitResult:
     """Train a pytree by gradient steps.
@@ -460,6 +467,10 @@ def fit(
         log: A file of JSON lines, one every `log_every` steps; a resume cuts what came after its
             checkpoint.
         log_every: Steps between lines.
+        log_fields: JSON values by name, written into every line. Several runs can then share a
+            file: lines with other values of these are left as they are.
+        remember: Metrics whose value at every step is kept with the checkpoints, so that a resumed
+            run has those of all its steps; eleven bytes each.
         progress: True or False for a bar; by default one appears on runs that take long.
 
     Returns:
@@ -498,10 +509,12 @@ def fit(
     steps = _compile(loss_fn, optimizer, has_metrics, regularizer, transform, frozen)
     record = {"source": source.fingerprint()} if isinstance(source, batches_.Batches) else {}
     record |= {"key": jax.random.key_data(key).tolist(), "accumulate": int(accumulate)}
+    kept: dict[str, str] = {}
     if checkpoint is not None and checkpoint.latest() is not None:
-        state = _resume(checkpoint, state, record, num_steps)
+        state, kept = _resume(checkpoint, state, record, num_steps)
     start = int(state.step)
-    run = _Run(steps, checkpoint, record, log, log_every, start)
+    run = _Run(steps, checkpoint, record, log, log_every, log_fields, start)
+    run.remembered = {name: _unpack(kept.get(name), start) for name in remember}
     feed = _feed(source, int(state.epoch), int(state.batch), accumulate, mesh)
     position = (start, int(state.epoch), int(state.batch))
     with progress_.bar(num_steps, "fit", show=progress) as bar:
@@ -509,8 +522,9 @@ def fit(
             for step in range(start, num_steps):
                 pieces, epoch, batch = next(feed)
                 state, metrics = run.step(state, pieces, weight_fn)
+                run.waiting.append((step, epoch, metrics))
                 position = (step + 1, epoch, batch)
-                run.add(step, epoch, metrics)
+                run.hold_back()
                 last = step + 1 == num_steps
                 if evaluate is not None and (last or (step + 1) % (evaluate_every or 1) == 0):
                     run.evaluated(step, evaluate(state.params, step + 1))
@@ -525,7 +539,10 @@ def fit(
             if checkpoint is not None and whole and int(state.step) == position[0]:
                 run.save(_at(state, position))
             raise
-    return FitResult(state.params, _at(state, position), run.history(), run.evaluations, start)
+    return FitResult(
+        state.params, _at(state, position), run.history(), run.evaluations, start,
+        {name: np.array(values) for name, values in run.remembered.items()},
+    )  # fmt: skip
 
 
 def _at(state: FitState, position: tuple[int, int, int]) -> FitState:
@@ -536,7 +553,7 @@ def _at(state: FitState, position: tuple[int, int, int]) -> FitState:
 
 def _resume(
     checkpoint: Checkpointer, state: FitState, record: dict[str, Any], num_steps: int
-) -> FitState:
+) -> tuple[FitState, dict[str, str]]:
     state, found = checkpoint.restore(state)
     for name, value in json.loads(json.dumps(record)).items():
         if found.get(name) != value:
@@ -550,7 +567,18 @@ def _resume(
             f"fit: the checkpoint in {checkpoint.location} is at step {int(state.step)}, past "
             f"num_steps={num_steps}."
         )
-    return state
+    return state, found.get("remembered", {})
+
+
+def _pack(values: array) -> str:
+    """Doubles as a string that JSON takes."""
+    return base64.b64encode(np.asarray(values, "<f8").tobytes()).decode()
+
+
+def _unpack(text: str | None, num: int) -> array:
+    if text is None:
+        return array("d", [math.nan] * num)
+    return array("d", np.frombuffer(base64.b64decode(text), "<f8"))
 
 
 def _feed(
@@ -580,17 +608,19 @@ def _feed(
 class _Run:
     """One call of `fit`: its compiled step, its metrics on their way to the host, its log."""
 
-    def __init__(self, steps, checkpoint, record, log, log_every, start):
+    def __init__(self, steps, checkpoint, record, log, log_every, log_fields, start):
         self.steps = steps
         self.checkpoint, self.record, self.log_every = checkpoint, record, log_every
         self.log = None if log is None else pathlib.Path(log)
+        self.fields = json.loads(json.dumps(dict(log_fields or {})))
         self.rows: list[dict[str, float]] = []
+        self.remembered: dict[str, array] = {}
         self.waiting: list[tuple[int, int, dict]] = []
         self.evaluations: list[dict[str, float]] = []
         self.began = self.flushed = time.monotonic()
         self.saved: int | None = None if checkpoint is None else checkpoint.latest()
         if self.log is not None:
-            _cut_log(self.log, start)
+            _cut_log(self.log, start, self.fields)
 
     def step(self, state, pieces, weight_fn):
         if len(pieces) == 1:
@@ -604,8 +634,7 @@ class _Run:
             ),
         )
 
-    def add(self, step, epoch, metrics):
-        self.waiting.append((step, epoch, metrics))
+    def hold_back(self):
         if len(self.waiting) > 16:
             # The host runs ahead, but not so far that waiting batches fill the memory.
             jax.block_until_ready(self.waiting[-16][2]["loss"])
@@ -629,6 +658,7 @@ class _Run:
             loss = row["loss"]
             bad = not (math.isfinite(loss) and math.isfinite(row["gradient_norm"]))
             self.rows.append(row)
+            self._remember(row)
             if bad or (step + 1) % self.log_every == 0:
                 lines.append(row | {"seconds": round(time.monotonic() - self.began, 3)})
             if bad:
@@ -638,6 +668,14 @@ class _Run:
         self.waiting = []
         self.flushed = time.monotonic()
         return loss
+
+    def _remember(self, row):
+        for name, values in self.remembered.items():
+            if name not in row:
+                raise ValueError(f"remember: no metric is {name!r}; a step has {', '.join(row)}.")
+            # An interrupt in the middle of a flush lets it begin again.
+            if row["step"] == len(values):
+                values.append(row[name])
 
     def _write(self, lines):
         if self.log is None or not lines:
@@ -649,7 +687,7 @@ class _Run:
                     k: None if isinstance(v, float) and not math.isfinite(v) else v
                     for k, v in line.items()
                 }
-                file.write(json.dumps(clean) + "\n")
+                file.write(json.dumps(self.fields | clean) + "\n")
 
     def _stop(self, step, what):
         good = None
@@ -669,7 +707,8 @@ class _Run:
         step = int(state.step)
         if not _all_finite(state.params):
             self._stop(step - 1, "weights that are not finite after the update")
-        self.checkpoint.save(step, state, self.record)
+        kept = {name: _pack(values) for name, values in self.remembered.items()}
+        self.checkpoint.save(step, state, self.record | ({"remembered": kept} if kept else {}))
         self.saved = step
 
     def history(self):
@@ -686,15 +725,18 @@ def _all_finite(params: PyTree) -> bool:
     return not jax.tree.leaves(params) or bool(_finite(params))
 
 
-def _cut_log(log: pathlib.Path, start: int) -> None:
-    """Keep the lines of the steps before `start`, which this run will not write again."""
+def _cut_log(log: pathlib.Path, start: int, fields: dict[str, Any]) -> None:
+    """Keep the lines that this run will not write again: other runs', and those before `start`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     kept = []
-    if start and log.exists():
+    if (start or fields) and log.exists():
         for line in log.read_text().splitlines():
             try:
                 row = json.loads(line)
-                if row["step"] < start or (row["step"] == start and "loss" not in row):
+                ours = all(name in row and row[name] == x for name, x in fields.items())
+                # An evaluation counts the steps before it, a step is numbered from zero.
+                before = row["step"] < start or (row["step"] == start and "loss" not in row)
+                if before or not ours:
                     kept.append(line + "\n")
             except (json.JSONDecodeError, KeyError):
                 break  # a kill can leave half a line; nothing good comes after it

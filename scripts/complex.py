@@ -4,9 +4,9 @@ The networks are ones that scripts/train.py saved (or `checkpoint.save_network`)
 connector is trained with everything else as it is, so that the loss is low in all simplices that it
 makes with the networks and the connectors before it. Then loss and error are measured at points
 drawn from the complex, with normalisation statistics of each point's own, and its worst point is
-sought. The folder gets a report, the complex as a checkpoint, figures with their data, and all
-numbers as JSON. Stop it at any time and call it again with the same options: it goes on from its
-last checkpoint.
+sought. The folder gets a report, the complex as a checkpoint, figures with their data, all numbers
+as JSON, and a log of the training as JSON lines, where stage 0 is the first vertex added. Stop it
+at any time and call it again with the same options: it goes on from its last checkpoint.
 
   python scripts/train.py --seed 0 --out out/a
   python scripts/train.py --seed 1 --out out/b
@@ -273,7 +273,11 @@ def growth(options: Any, setup: Setup, folder: pathlib.Path) -> dict[str, Any]:
         "metrics_fn": setup.metrics_fn,
         "state_fn": setup.state_fn,
         "eval_batches": setup.parts["train"],
-        "checkpoints": lambda s: checkpoint.Checkpointer(folder / f"vertex-{s + 1}", every=every),
+        "checkpoints": lambda s: checkpoint.Checkpointer(
+            folder / "checkpoints" / f"vertex-{s + 1}", every=every
+        ),
+        "log": folder / "log.jsonl",
+        "log_every": max(1, len(setup.train) // 10),
     }
 
 
@@ -330,7 +334,7 @@ def grow(options: Options, setup: Setup, name: str, first: Any, modes: list[Any]
                 setup.train,
                 num_connectors=options.num_connectors,
                 max_loss=options.max_loss,
-                **growth(options, setup, options.out / "checkpoints"),
+                **growth(options, setup, options.out),
             )
         save_complex(
             options.out / "complex", found.complex, first, dataset=name, seed=options.seed,
@@ -531,9 +535,9 @@ def main(options: Options, *, fewest: int = 2, most: int | None = None) -> None:
         f"Losses are on the training part, at {options.num_eval} points of the complex and, for "
         "the highest, at its vertices"
         + ("; normalised by the statistics of each batch" if setup.state_fn else "")
-        + ". The share is the size of the volume's gradient relative to the whole, over the steps "
-        "since the last interrupt: below 1e-3 the volume did nothing. Log volumes of different "
-        "dimensions cannot be compared."
+        + ". The share is the size of the volume's gradient relative to the whole, the median over "
+        "the steps: below 1e-3 the volume did nothing. Log volumes of different dimensions cannot "
+        "be compared."
     )
     page.table(stages)
     print(f"\nGrowth: {trained} ({time.perf_counter() - begun:.0f} s)\n{report.text_table(stages)}")

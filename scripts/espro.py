@@ -7,8 +7,12 @@ then over simplexes. Beside it stands the plain ensemble of the networks. All is
 test part; the temperature is fitted on the validation part, which neither training nor test has
 seen. With --complexes nothing is grown: the folders are ones that scripts/simplex.py or
 scripts/complex.py wrote. The folder gets a report, the simplexes as checkpoints, figures with their
-data, and all numbers as JSON. Stop it at any time and call it again with the same options: it goes
-on from its last checkpoint.
+data, all numbers as JSON, and a log of the training as JSON lines, where stage 0 is the first
+vertex added to each. Stop it at any time and call it again with the same options: it goes on from
+its last checkpoint.
+
+There is no --align: a simplex that grows from one network in other units holds the same functions,
+so that predictions would not gain. Complexes of aligned networks are averaged as they are.
 
   python scripts/train.py --seed 0 --out out/a
   python scripts/train.py --seed 1 --out out/b
@@ -130,7 +134,7 @@ def grow(options: Options, setup: Any, name: str, subject: Subject) -> tuple[lis
                 tree.stack(modes),
                 setup.train,
                 num_vertices=options.num_vertices,
-                **growing.growth(options, setup, options.out / "checkpoints"),
+                **growing.growth(options, setup, options.out),
             )
         for folder, one in zip(folders, found.complexes, strict=True):
             growing.save_complex(

@@ -3,8 +3,9 @@
 The network is one that scripts/train.py saved (or `checkpoint.save_network`). This is
 scripts/complex.py for one network: each new vertex is trained with the others as they are, so that
 the loss is low in the whole simplex between them. The folder gets a report, the simplex as a
-checkpoint, figures with their data, and all numbers as JSON. Stop it at any time and call it again
-with the same options: it goes on from its last checkpoint.
+checkpoint, figures with their data, all numbers as JSON, and a log of the training as JSON lines,
+where stage 0 is the first vertex added. Stop it at any time and call it again with the same
+options: it goes on from its last checkpoint.
 
   python scripts/train.py --out out/a
   python scripts/simplex.py --networks out/a/network

@@ -4,9 +4,9 @@ A small network is trained on two interleaved spirals, and three more vertices a
 that the loss is low in the whole tetrahedron. Then the loss is drawn on its four faces, and the
 decision boundaries of networks drawn from it beside that of their ensemble: they agree where there
 are data, and differ where there are none. Three claims are checked, and the exit code is 1 where
-one is missed. The folder gets a report, the simplex as a checkpoint, figures with their data, and
-all numbers as JSON. Stop it at any time and call it again with the same options: it goes on from
-its last checkpoint.
+one is missed. The folder gets a report, the simplex as a checkpoint, figures with their data, all
+numbers as JSON, and a log of the training as JSON lines, where stage 0 is the first vertex added.
+Stop it at any time and call it again with the same options: it goes on from its last checkpoint.
 
   python scripts/spirals.py
   python scripts/spirals.py --volume-weight 0 --out out/spirals-without-volume
@@ -32,6 +32,8 @@ from geojax import batches, checkpoint, datasets, ensemble, fit, models, plot, r
 
 # Panels of single networks beside the one of the ensemble.
 NUM_SHOWN = 5
+# Steps, of which each sees all training points, between lines of the log.
+LOG_EVERY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,7 @@ def train(options: Options, setup: growing.Setup, loss_fn: Any, start: Any) -> A
         checkpoint=checkpoint.Checkpointer(
             options.out / "checkpoints" / "base", every=max(1, options.base_steps // 4)
         ),
+        log=options.out / "log.jsonl", log_every=LOG_EVERY, log_fields={"stage": "base"},
     ).params  # fmt: skip
 
 
@@ -133,6 +136,7 @@ def grow(options: Options, setup: growing.Setup, loss_fn: Any, network: checkpoi
                 num_connectors=options.num_connectors, num_samples=options.num_samples,
                 volume_weight=options.volume_weight, weight_decay=options.weight_decay,
                 decay="vertices", num_eval=options.num_eval,
+                log=options.out / "log.jsonl", log_every=LOG_EVERY,
                 checkpoints=lambda s: checkpoint.Checkpointer(
                     options.out / "checkpoints" / f"vertex-{s + 1}",
                     every=max(1, options.steps // 2),

@@ -10,6 +10,8 @@ import pytest
 
 from geojax import batches, plot, simplex, surface, tree
 from geojax.checkpoint import Checkpointer
+from geojax.plot import decisions
+from geojax.plot._style import COLORS
 from geojax.surface import planes
 
 X = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
@@ -249,8 +251,120 @@ def test_boundaries_run_where_both_classes_are_equally_likely():
     png(figure)
 
 
+def several(num, sharp=4.0):
+    """Probabilities of classes that lie around the origin, at places that are not evenly spaced."""
+    x, y = 2 * np.linspace(-1, 1, 17) ** 3, np.linspace(-1.0, 3.0, 21)
+    places = np.stack(np.meshgrid(x, y), axis=-1)
+    angles = 0.3 + 2 * np.pi * np.arange(num) / num
+    centers = np.stack([np.cos(angles), np.sin(angles)])
+
+    def probabilities(at):
+        logits = sharp * at @ centers
+        found = np.exp(logits - logits.max(-1, keepdims=True))
+        return found / found.sum(-1, keepdims=True)
+
+    return places, probabilities
+
+
+def classes_drawn(axes, num):
+    """The class of each dot of a panel by its colour, and where the dots are."""
+    (image,) = axes.images
+    dots = np.asarray(image.get_array())
+    left, right, under, over = image.get_extent()
+    high, wide = dots.shape[:2]
+    x = left + (right - left) * (np.arange(wide) + 0.5) / wide
+    y = under + (over - under) * (np.arange(high) + 0.5) / high
+    colors = [matplotlib.colors.to_rgb(c) for c in decisions._class_colors(num)]
+    # A colour is mixed with white: what is taken away from white keeps its direction.
+    hues = 1 - np.array(colors)
+    taken = 1 - dots
+    along = taken @ hues.T / np.linalg.norm(hues, axis=1)
+    return along.argmax(-1), np.stack(np.meshgrid(x, y), axis=-1), np.linalg.norm(taken, axis=-1)
+
+
+@pytest.mark.parametrize("num", [2, 3, 6])
+def test_regions_are_those_of_the_likeliest_class_and_lines_run_between_them(num):
+    places, probabilities = several(num)
+    found = probabilities(places)
+    figure = plot.boundaries(
+        {"a": found, "mirrored": found[..., ::-1]}, places, inputs=places[3],
+        labels=np.arange(17) % num, names=list("uvwxyz")[:num],
+    )  # fmt: skip
+    axes, mirrored = panels(figure)[:2]
+    drawn, dots, depth = classes_drawn(axes, num)
+    truth = np.sort(probabilities(dots), axis=-1)
+    # These log-probabilities are linear, so that only dots on the very border may differ.
+    clear = truth[..., -1] > truth[..., -2] * 1.1
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(drawn[clear], probabilities(dots).argmax(-1)[clear])
+    np.testing.assert_array_equal(classes_drawn(mirrored, num)[0][clear], num - 1 - drawn[clear])
+    # Paler where less likely: the colour's strength follows the probability.
+    same = clear & (drawn == 0)
+    assert np.corrcoef(depth[same], truth[..., -1][same])[0, 1] > 0.95
+    lines = [path.vertices for lines in axes.collections for path in lines.get_paths()]
+    border = np.concatenate([line for line in lines if len(line)])
+    first, second = np.sort(np.log(probabilities(border)), axis=-1)[:, :-3:-1].T
+    np.testing.assert_allclose(first, second, atol=0.05)
+    assert len(axes.lines) == num
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == list("uvwxyz")[:num]
+    png(figure)
+
+
+def test_regions_agree_with_given_probabilities_that_follow_no_rule():
+    rng = np.random.default_rng(0)
+    line = np.arange(6.0)
+    places = np.stack(np.meshgrid(line, line), axis=-1)
+    found = rng.dirichlet(np.full(9, 0.3), size=(6, 6))
+    found[0, 0] = np.eye(9)[4]
+    axes = panels(plot.boundaries({"a": found}, places))[0]
+    drawn, dots, _ = classes_drawn(axes, 9)
+    # The dots that lie nearest to the places given.
+    near = [np.abs(dots[0, :, 0] - x).argmin() for x in line]
+    top = np.sort(found, axis=-1)
+    clear = top[..., -1] > 1.2 * top[..., -2]
+    assert clear.sum() > 25
+    np.testing.assert_array_equal(drawn[np.ix_(near, near)][clear], found.argmax(-1)[clear])
+
+
+def test_one_class_everywhere_has_no_border():
+    places, _ = several(3)
+    axes = panels(plot.boundaries({"a": np.eye(3)[np.ones((21, 17), int)]}, places))[0]
+    assert (classes_drawn(axes, 3)[0] == 1).all()
+    assert not axes.collections
+
+
+@pytest.mark.parametrize("num", [6, 7, 12, 18, 40])
+def test_classes_have_colors_of_their_own(num):
+    found = decisions._class_colors(num)
+    assert len(set(found)) == num
+    if num <= 18:
+        assert found[:6] == [color.lower() for color in COLORS[:6]]
+
+
 def test_boundaries_that_do_not_fit_are_refused():
     places = np.zeros((3, 4, 2))
+    grid, probabilities = several(3)
+    three = probabilities(grid)
+    inside = {"inputs": np.zeros((2, 2))}
+    for panels_, options, words in (
+        ({"a": three, "b": three[..., 0]}, {}, "panel 'b' .* same for all"),
+        ({"a": three[:-1]}, {}, "panel 'a'"),
+        ({"a": three[..., :1]}, {}, "panel 'a'"),
+        ({"a": np.log(three)}, {}, "from 0 to 1"),
+        ({"a": 0.5 * three}, {}, "sum to 0.5"),
+        ({"a": np.full_like(three, np.nan)}, {}, "from 0 to 1"),
+        ({"a": three}, inside | {"labels": [0, 3]}, r"labels are \[0, 3\]; expected 0 to 2"),
+        ({"a": three}, inside | {"labels": [0, 0.5]}, "expected 0 to 2"),
+        ({"a": three[..., 0]}, inside | {"labels": [0, 2]}, "expected 0 to 1"),
+        ({"a": three}, {"inputs": np.zeros((2, 3)), "labels": [0, 1]}, r"expected \(n, 2\)"),
+        ({"a": three}, {"names": ["u", "v"]}, "got 2 names; expected one for each of 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plot.boundaries(panels_, grid, **options)
+    for turned in (grid[::-1], np.swapaxes(grid, 0, 1)):
+        with pytest.raises(ValueError, match="both ascending"):
+            plot.boundaries({"a": np.full((*turned.shape[:2], 3), 1 / 3)}, turned)
     for panels_, options, words in (
         ({}, {}, "at least one"),
         ({"a": np.zeros((4, 3))}, {}, "panel 'a'"),

@@ -315,6 +315,77 @@ def test_a_resumed_log_has_each_step_once(tmp_path):
     assert rows == list(range(12))
 
 
+def test_runs_that_share_a_log_keep_their_lines_apart(tmp_path):
+    log = tmp_path / "log.jsonl"
+    kept = [Memory(every=4), Memory(every=4)]
+
+    def run(stage, num_steps):
+        fit.fit(
+            loss_fn, network(), shuffled(), optimizer(), num_steps, key=KEY,
+            checkpoint=kept[stage], log=log, log_fields={"stage": stage},
+            evaluate=lambda params, step: {"norm": tree.norm(params)}, evaluate_every=8,
+        )  # fmt: skip
+
+    def found():
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        return [(x["stage"], x["step"], "norm" in x) for x in lines]
+
+    run(0, 8)
+    run(1, 6)
+    del kept[1].saved[6]
+    with log.open("a") as file:
+        file.write('{"stage": 1, "step": 6, "lo')  # as a kill leaves it
+    # The first is whole and adds nothing; the second goes on from its fourth step.
+    run(0, 8)
+    run(1, 8)
+    steps = [(stage, step, False) for stage in range(2) for step in range(8)]
+    assert found() == [*steps[:8], (0, 8, True), *steps[8:], (1, 8, True)]
+    # From its start again, one run cuts its own lines alone.
+    kept[0].saved.clear()
+    run(0, 1)
+    assert found() == [*steps[8:], (1, 8, True), (0, 0, False), (0, 1, True)]
+
+
+def test_remembered_metrics_are_those_of_all_steps_however_often_a_run_was_stopped():
+    class Stop(Exception):
+        pass
+
+    def run(checkpoint, stop=None, remember=("loss", "gradient_norm"), num_steps=23):
+        def evaluate(params, step):
+            if step == stop:
+                raise KeyboardInterrupt if stop % 2 else Stop
+            return {}
+
+        return fit.fit(
+            loss_fn, network(), shuffled(), optimizer(), num_steps, key=KEY, checkpoint=checkpoint,
+            evaluate=evaluate, evaluate_every=1, remember=remember,
+        )  # fmt: skip
+
+    whole = run(None)
+    assert set(whole.remembered) == {"loss", "gradient_norm"}
+    np.testing.assert_array_equal(whole.remembered["loss"], whole.history["loss"])
+    checkpoint = Memory(every=5)
+    for stop in (7, 12, 18):
+        with pytest.raises((KeyboardInterrupt, Stop)):
+            run(checkpoint, stop)
+    # An interrupt saves where it is; another error leaves the last checkpoint.
+    assert sorted(checkpoint.saved) == [5, 7, 10, 15]
+    for _ in range(2):  # the second call restores and makes no step
+        again = run(checkpoint)
+        for name, values in whole.remembered.items():
+            np.testing.assert_array_equal(again.remembered[name], values)
+    assert len(again.history) == 0
+    # What a checkpoint did not keep is unknown.
+    other = run(checkpoint, remember=("data_loss",), num_steps=23)
+    assert np.isnan(other.remembered["data_loss"]).all()
+    assert len(other.remembered["data_loss"]) == 23
+
+
+def test_a_metric_that_no_step_has_cannot_be_remembered():
+    with pytest.raises(ValueError, match="no metric is 'volume'; a step has .*gradient_norm"):
+        fit.fit(loss_fn, network(), shuffled(), optimizer(), 2, key=KEY, remember=("volume",))
+
+
 def test_transform_gets_its_own_key_each_step():
     def transform(key, batch):
         return batch | {"y": batch["y"] + jax.random.normal(key, batch["y"].shape)}

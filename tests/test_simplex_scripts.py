@@ -107,6 +107,12 @@ def result(folder):
     return json.loads((folder / "result.json").read_text())
 
 
+def log_of(folder):
+    """The lines of the log, but for the time that they took."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in line.items() if name != "seconds"} for line in lines]
+
+
 def parts():
     data = datasets.load("digits")
     return {
@@ -213,6 +219,9 @@ def test_a_growth_that_was_stopped_ends_with_the_same_bits(
     assert starts == [0, None, num_steps, 0]
     first, again = (checkpoint.load_network(x / "complex").params for x in (grown, tmp_path))
     assert equal(first, again)
+    steps = [(stage, step) for stage in range(2) for step in range(num_steps)]
+    assert [(line["stage"], line["step"]) for line in log_of(grown)] == steps
+    assert log_of(tmp_path) == log_of(grown)
     assert not (tmp_path / "faces.npz").exists()
 
 
@@ -364,6 +373,45 @@ def test_predictions_that_were_stopped_go_on_at_the_next_simplex(
     assert result(folder) == result(averaged)
 
 
+def test_simplexes_that_were_stopped_within_a_vertex_end_with_the_same_bits(
+    scripts, averaged, networks, tmp_path, monkeypatch
+):
+    saved, starts = [], []
+    save, train = checkpoint.Checkpointer.save, growing.fit
+
+    def stopping(self, step, *rest):
+        save(self, step, *rest)
+        saved.append((pathlib.Path(self.location).name, step))
+        if saved[-1] == ("vertex-2", 8) and saved.count(saved[-1]) == 1:
+            raise KeyboardInterrupt
+
+    def counted(*args, **kwargs):
+        found = train(*args, **kwargs)
+        starts.append(found.start)
+        return found
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", stopping)
+    monkeypatch.setattr(growing, "fit", counted)
+    script = scripts["espro"]
+    options = script.Options(networks=networks, out=tmp_path, **ESPRO)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(options)
+    assert not (tmp_path / "simplexes").exists()
+    script.main(options)
+    # Half of the steps of the second vertex were left.
+    assert starts == [0, 16, 8]
+    for i in range(2):
+        mine, other = (
+            checkpoint.load_network(x / "simplexes" / str(i)) for x in (tmp_path, averaged)
+        )
+        assert equal(mine.params, other.params)
+    # Shares of the volume and predictions included.
+    assert result(tmp_path) == result(averaged)
+    steps = [(stage, step) for stage in range(2) for step in range(16)]
+    assert [(line["stage"], line["step"]) for line in log_of(tmp_path)] == steps
+    assert log_of(tmp_path) == log_of(averaged)
+
+
 def test_complexes_that_were_grown_before_are_averaged_as_they_are(
     scripts, grown, tmp_path, monkeypatch
 ):
@@ -401,6 +449,7 @@ def test_the_claims_are_those_of_the_numbers(spirals):
     wanted = [error["measured"] == 0, highest["measured"] < 0.1, differ["measured"] > 1]
     assert [row["holds"] for row in found["claims"]] == wanted
     assert holds == all(wanted)
+    assert {line["stage"] for line in log_of(folder)} == {"base", 0, 1}
     with np.load(folder / "boundaries.npz") as data:
         # Three networks and their ensemble.
         assert data["probabilities"].shape == (4, 9, 9)

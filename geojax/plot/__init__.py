@@ -1,7 +1,8 @@
 """Figures from result objects. matplotlib lives here alone, without a display and without LaTeX."""
 
 from geojax.plot._style import png
-from geojax.plot.complexes import boundaries, complex
+from geojax.plot.complexes import complex
+from geojax.plot.decisions import boundaries
 from geojax.plot.lines import curves, density
 from geojax.plot.planes import faces, levels, plane
 from geojax.plot.reliability import reliability

@@ -1,13 +1,13 @@
-"""Complexes projected, and what networks decide in the plane of their inputs."""
+"""Complexes projected: vertices, edges and triangles in their principal components."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from geojax.plot._style import COLORS, STYLE, matplotlib_and_figure
 
-__all__ = ["boundaries", "complex"]
+__all__ = ["complex"]
 
 
 def complex(
@@ -146,80 +146,3 @@ def _component_axes(axes: Any, at: np.ndarray, explained: Any) -> None:
         axes.set_box_aspect(np.maximum(spread, 0.4 * spread.max()), zoom=1.0)
     elif np.ptp(at[:, 1]) > 0.25 * np.ptp(at[:, 0]):
         axes.set_aspect("equal", adjustable="datalim")
-
-
-def boundaries(
-    panels: Mapping[str, Any],
-    coordinates: Any,
-    *,
-    inputs: Any = None,
-    labels: Any = None,
-    columns: int = 3,
-    size: float = 2.1,
-) -> Any:
-    """What networks of two classes say of a plane of inputs: probabilities and decision boundaries.
-
-    The black line is where both classes are equally likely.
-
-    Args:
-        panels: From a title to `(num_y, num_x)` probabilities of class 1, such as those of samples
-            from a simplex and of their ensemble.
-        coordinates: `(num_y, num_x, 2)`: the inputs, entry [i, j] is (x_j, y_i).
-        inputs: `(n, 2)`: examples to mark.
-        labels: `(n,)`: their classes, 0 or 1.
-        columns: Panels side by side.
-        size: Width and height of a panel in inches.
-
-    Returns:
-        A `matplotlib.figure.Figure`; write it with `png` or its own `savefig`.
-
-    Raises:
-        ImportError: Without matplotlib.
-        ValueError: For shapes that do not fit together, values outside of [0, 1], or no panel.
-    """
-    matplotlib, Figure = matplotlib_and_figure()  # noqa: N806
-    places = np.asarray(coordinates, np.float64)
-    if places.ndim != 3 or places.shape[-1] != 2 or not panels:
-        raise ValueError(
-            f"boundaries: coordinates have shape {places.shape} and there are {len(panels)} "
-            "panels; expected (num_y, num_x, 2) and at least one."
-        )
-    for title, found in panels.items():
-        found = np.asarray(found)
-        if found.shape != places.shape[:2] or not ((found >= 0) & (found <= 1)).all():
-            raise ValueError(
-                f"boundaries: panel {title!r} has shape {found.shape}; expected probabilities "
-                f"{places.shape[:2]}, from 0 to 1."
-            )
-    if (inputs is None) != (labels is None) or np.shape(labels) != np.shape(inputs)[:1]:
-        raise ValueError("boundaries: expected inputs (n, 2) and labels (n,), or neither.")
-    x, y = places[..., 0], places[..., 1]
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    style = {**STYLE, "axes.grid": False, "figure.constrained_layout.use": False}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(size * columns + 0.8, (size + 0.25) * rows), layout="compressed")
-        all_axes = np.ravel(figure.subplots(rows, columns, squeeze=False))
-        for axes, (title, found) in zip(all_axes, panels.items(), strict=False):
-            found = np.asarray(found, np.float64)
-            filled = axes.contourf(x, y, found, levels=np.linspace(0, 1, 11), cmap="PuOr_r")
-            if found.min() < 0.5 < found.max():
-                axes.contour(x, y, found, levels=[0.5], colors="black", linewidths=1.1)
-            for which, (marker, color) in enumerate((("o", "#CDBFE3"), ("^", "#FFD58A"))):
-                if inputs is not None:
-                    chosen = np.asarray(inputs)[np.asarray(labels) == which]
-                    axes.plot(*chosen.T, marker, color=color, mec="black", mew=0.5, ms=3.6)
-            axes.set_aspect("equal")
-            axes.set_xlim(x.min(), x.max())
-            axes.set_ylim(y.min(), y.max())
-            axes.set_title(title, loc="left", fontsize=9)
-            axes.set_xticks([])
-            axes.set_yticks([])
-        for axes in all_axes[len(panels) :]:
-            axes.set_axis_off()
-        bar = figure.colorbar(
-            filled, ax=all_axes.tolist(), ticks=[0, 0.5, 1], aspect=14 * rows, pad=0.02  # pyright: ignore[reportPossiblyUnboundVariable]
-        )  # fmt: skip
-        bar.outline.set_visible(False)
-        bar.set_label("probability of class 1")
-        return figure

@@ -217,7 +217,8 @@ def spro(
         eval_batches: The data of that; by default `batches`.
         checkpoints: From the number of the stage to its `Checkpointer`; the same call then goes on
             where it was stopped.
-        **options: Of `simplex.fit`: `num_samples`, `volume_weight` and so on.
+        **options: Of `simplex.fit`: `num_samples`, `volume_weight` and so on. Every line of a `log`
+            names its 'stage', from 0.
 
     Returns:
         An `SproResult`.
@@ -260,7 +261,7 @@ def spro(
         result = fit(
             loss_fn, grown, batches, _optimizer(optimizer, s), count,
             key=jax.random.fold_in(stage_key, 1), free=(-1,),
-            checkpoint=None if checkpoints is None else checkpoints(s), **options,
+            checkpoint=None if checkpoints is None else checkpoints(s), **_logged(options, s),
         )  # fmt: skip
         found = _stage(result, result.complex, scale, measure(result.complex, s), max_loss)
         stages.append(found)
@@ -310,7 +311,7 @@ def espro(
         state_fn: As for `spro`.
         eval_batches: As for `spro`.
         checkpoints: As for `spro`.
-        **options: Of `simplex.fit`.
+        **options: As for `spro`; with `from_scratch` the modes are stage 0.
 
     Returns:
         An `EsproResult`.
@@ -353,7 +354,8 @@ def espro(
         result = fit(
             loss_fn, complexes, batches, _optimizer(optimizer, s), count,
             key=jax.random.fold_in(stage_key, 1), free=(-1,),
-            checkpoint=None if checkpoints is None else checkpoints(s), **(options | plain),
+            checkpoint=None if checkpoints is None else checkpoints(s),
+            **(_logged(options, s) | plain),
         )  # fmt: skip
         complexes = list(result.complex)
         if base:
@@ -363,6 +365,13 @@ def espro(
         stages.append(found)
         _warn(found)
     return EsproResult(tuple(complexes), tuple(stages))
+
+
+def _logged(options: dict[str, Any], stage: int) -> dict[str, Any]:
+    """With the number of the stage in each line of the log, which all stages share."""
+    if options.get("log") is None:
+        return options
+    return options | {"log_fields": {**(options.get("log_fields") or {}), "stage": stage}}
 
 
 def _reserved(options: dict[str, Any]) -> None:

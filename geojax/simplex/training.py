@@ -40,6 +40,8 @@ PyTree = Any
 Choose = Literal["volume", "uniform"]
 # Below this share of the gradient the volume is called inert.
 _INERT = 1e-3
+# What the share is made of, at every step.
+_NORMS = ("gradient_norm", "volume_gradient_norm", "volume_weight")
 
 
 class InertVolumeWarning(UserWarning):
@@ -51,15 +53,18 @@ class ComplexFit(NamedTuple):
 
     Attributes:
         complex: Its frozen vertices are as they were, to the bit.
-        history: Per step: 'loss', 'data_loss', 'gradient_norm', and with a weight of the volume
-            'volume_term', 'volume_weight', 'log_volume' (of all simplices that train) and
-            'volume_gradient_norm'; with weight decay 'penalty'. Of several complexes: sums of the
-            losses, means of the rest, and 'data_loss_0', 'log_volume_0' and so on of each.
+        history: Per step of this call: 'loss', 'data_loss', 'gradient_norm', and with a weight of
+            the volume 'volume_term', 'volume_weight', 'log_volume' (of all simplices that train)
+            and 'volume_gradient_norm'; with weight decay 'penalty'. Of several complexes: sums of
+            the losses, means of the rest, and 'data_loss_0', 'log_volume_0' and so on of each.
         evaluations: What `evaluate` returned, with the steps.
         start: The step at which this call began; more than 0 after a resume.
         state: The state of the training loop.
         volume_share: The median over steps of the norm of the volume's gradient over that of the
-            data's; NaN without a weight of the volume. Below 1e-3 the volume did nothing.
+            whole; NaN without a weight of the volume. Below 1e-3 the volume did nothing. It is of
+            all steps of the run, those before a resume included: checkpoints keep both norms. Of
+            several complexes it is the mean volume's over the root mean square of the whole ones,
+            so that their number does not matter.
     """
 
     complex: Any
@@ -537,7 +542,8 @@ def fit(
         NonFiniteError: As `geojax.fit.fit`.
 
     Warns:
-        InertVolumeWarning: If the volume's gradient was below 1e-3 of the whole throughout.
+        InertVolumeWarning: If the volume's gradient was below 1e-3 of the whole, the median over
+            all steps of the run, those before a resume included.
 
     Example:
         >>> import optax
@@ -560,7 +566,7 @@ def fit(
         weight_decay=weight_decay, decay=decay, stochastic=stochastic, volumes=volumes,
         similarity_weight=similarity_weight, layerwise=layerwise,
     )  # fmt: skip
-    for name in ("frozen", "has_metrics", "regularizer"):
+    for name in ("frozen", "has_metrics", "regularizer", "remember"):
         if name in options:
             raise ValueError(f"{name} is set by simplex.fit; use `free` or `volume_weight`.")
     shape, stacked = made.shape, made.shape.num_components > 0
@@ -582,17 +588,19 @@ def fit(
     result = fit_.fit(
         made.loss, made.parts, batches, made.optimizer, num_steps, key=key, has_metrics=True,
         regularizer=made.regularizer, frozen=made.frozen,
+        remember=_NORMS if volume_weight != 0 else (),
         evaluate=None if evaluate is None else hook, evaluate_every=evaluate_every, **options,
     )  # fmt: skip
     history = dict(result.history)
     if not weight_decay:
         history.pop("penalty", None)
-    share = _share(history)
+    share = _share(result.remembered, max(shape.num_components, 1))
     if share < _INERT:
+        last = result.remembered["volume_weight"][-1]
         warnings.warn(
-            f"simplex.fit: the volume's gradient was {share:.1e} of the data's (the median over "
-            f"the steps): the volume did nothing. Raise volume_weight (it was "
-            f"{history['volume_weight'][-1]:.1e}); 1e-3 to 1e-2 of the loss is where it acts.",
+            f"simplex.fit: the volume's gradient was {share:.1e} of the whole (the median over "
+            f"the steps): the volume did nothing. Raise volume_weight (it was {last:.1e}); "
+            "1e-3 to 1e-2 of the loss is where it acts.",
             InertVolumeWarning,
             stacklevel=2,
         )
@@ -616,8 +624,12 @@ def _checked_complexes(given: Sequence[SimplicialComplex]) -> list[SimplicialCom
     return found
 
 
-def _share(history: dict[str, np.ndarray]) -> float:
-    if "volume_gradient_norm" not in history or not len(history["gradient_norm"]):
+def _share(remembered: dict[str, np.ndarray], num: int) -> float:
+    """The median share of the volume in the gradient, over the steps where it is known."""
+    if not remembered:
         return float("nan")
-    whole = np.maximum(history["gradient_norm"], np.finfo(np.float32).tiny)
-    return float(np.median(history["volume_gradient_norm"] / whole))
+    # The gradients of several complexes are one vector to `fit`.
+    whole = np.maximum(remembered["gradient_norm"] / np.sqrt(num), np.finfo(np.float32).tiny)
+    shares = remembered["volume_gradient_norm"] / whole
+    known = shares[~np.isnan(shares)]
+    return float(np.median(known)) if len(known) else float("nan")

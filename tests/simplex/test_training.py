@@ -269,14 +269,14 @@ def test_simplices_are_drawn_by_their_volume_as_it_is():
     log_probabilities = training._log_probabilities(parts, shape, faces, "volume")
     shares = jax.nn.softmax(log_probabilities)
     np.testing.assert_allclose(shares, [1 / 9, 8 / 9], rtol=1e-5)  # areas 1/2 and 4
-    weights = np.asarray(training._draw(KEY, shape, 20_000, log_probabilities))
+    weights = np.asarray(training._draw(KEY, shape, 20_000, log_probabilities, 1))[:, 0]
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
     inside_first = weights[:, 2] == 0
     assert inside_first.mean() == pytest.approx(1 / 9, abs=0.01)
     chosen = weights[~inside_first][:, [1, 2, 3]]
     np.testing.assert_allclose(chosen.mean(0), 1 / 3, atol=0.01)
     np.testing.assert_allclose(np.cov(chosen.T)[0, 1], -1 / 36, rtol=0.05)
-    uniform = np.asarray(training._draw(KEY, shape, 20_000, jnp.zeros(2)))
+    uniform = np.asarray(training._draw(KEY, shape, 20_000, jnp.zeros(2), 1))[:, 0]
     assert (uniform[:, 2] == 0).mean() == pytest.approx(0.5, abs=0.01)
 
 
@@ -389,6 +389,53 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path):
     again = simplex.fit(loss_fn, start, source, rule, 60, checkpoint=keep, **options)
     assert again.start == 37
     assert same_bits(again.complex.vertices, whole.complex.vertices)
+
+
+def test_the_volumes_share_and_its_warning_do_not_depend_on_interrupts(tmp_path):
+    start = simplex.single(points(34, 3))
+    shared = {"key": KEY, "volume_weight": 1e-8, "num_samples": 2}
+    rule = optax.sgd(0.05)
+
+    def run(keep=None, stop=None):
+        def evaluate(complex, step):
+            if step == stop:
+                raise KeyboardInterrupt
+            return {}
+
+        return simplex.fit(loss_fn, start, data(), rule, 12, checkpoint=keep, evaluate=evaluate,
+                           evaluate_every=1, **shared)  # fmt: skip
+
+    def inert():
+        return pytest.warns(simplex.InertVolumeWarning, match="did nothing.*it was 1.0e-08")
+
+    with inert():
+        whole = run()
+    by_hand = whole.history["volume_gradient_norm"] / whole.history["gradient_norm"]
+    assert whole.volume_share == pytest.approx(np.median(by_hand), rel=1e-12)
+    keep = checkpoint.Checkpointer(tmp_path / "run", every=100)
+    with pytest.raises(KeyboardInterrupt):
+        run(keep, stop=9)
+    with inert():
+        again = run(keep)
+    assert again.start == 9
+    assert again.volume_share == whole.volume_share
+    # The median of the new steps alone is another number.
+    assert np.median(by_hand[9:]) != whole.volume_share
+    with inert():
+        restored = run(keep)
+    assert (restored.start, restored.volume_share) == (12, whole.volume_share)
+    free = simplex.fit(loss_fn, start, data(), rule, 2, key=KEY)
+    assert np.isnan(free.volume_share)
+
+
+def test_the_volumes_share_does_not_depend_on_how_many_complexes_train():
+    start = simplex.single(points(35, 3))
+    zero = lambda params, batch: 0 * jnp.sum(params["a"])  # noqa: E731
+    shared = {"key": KEY, "volume_weight": 0.1, "num_samples": 1}
+    for given in (start, [start], [start] * 4):
+        found = simplex.fit(zero, given, data(), optax.sgd(0.01), 3, **shared)
+        # The volume is all there is in the gradient.
+        assert found.volume_share == pytest.approx(1, rel=1e-5)
 
 
 def test_shared_and_independent_keys_of_dropout():
@@ -591,7 +638,8 @@ def test_espro_grows_each_simplex_as_if_alone_and_from_scratch():
 
 def test_growth_goes_on_where_it_was_stopped(tmp_path):
     modes = points(63, 2)
-    options = {"key": KEY, "num_connectors": 2, "num_samples": 2, "volume_weight": 1e-2}
+    options = {"key": KEY, "num_connectors": 2, "num_samples": 2, "volume_weight": 1e-2,
+               "num_eval": 3}  # fmt: skip
     whole = simplex.spro(loss_fn, modes, data(), optax.sgd(0.1), 20, **options)
 
     def keep(stage):
@@ -612,6 +660,8 @@ def test_growth_goes_on_where_it_was_stopped(tmp_path):
         )  # fmt: skip
     again = simplex.spro(loss_fn, modes, data(), optax.sgd(0.1), 20, checkpoints=keep, **options)
     assert same_bits(again.complex.vertices, whole.complex.vertices)
+    # The first vertex was restored without a step, the second had five of its steps behind it.
+    assert [stage.row() for stage in again.stages] == [stage.row() for stage in whole.stages]
     with pytest.raises(ValueError, match="give `checkpoints`"):
         simplex.spro(loss_fn, modes, data(), optax.sgd(0.1), 20, checkpoint=keep(0), **options)
 
