@@ -64,6 +64,13 @@ def rng():
     return np.random.default_rng(0)
 
 
+def pytest_collection_finish():
+    """Traces make many objects that live on: looking through them all so often finds nothing."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 100)
+
+
 def pytest_collection_modifyitems(items):
     """The tests that start processes first, so that neither worker ends with a long one alone."""
     first = ("test_scripts.py", "test_processes.py", "test_package.py")
