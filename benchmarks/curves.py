@@ -69,7 +69,7 @@ def problem(name, num_examples):
 
 def flops(run):
     """Of the very program of a step that a run of `fit` compiles."""
-    lowered, compile_steps = [], fit._compile
+    lowered, compile_steps = [], fit.loop.compiled
 
     def noting(*args):
         steps = compile_steps(*args)
@@ -80,11 +80,11 @@ def flops(run):
 
         return steps._replace(whole=whole)
 
-    fit._compile = noting
+    fit.loop.compiled = noting
     try:
         run(1)
     finally:
-        fit._compile = compile_steps
+        fit.loop.compiled = compile_steps
     return lowered[0].compile().cost_analysis()["flops"]
 
 

@@ -422,7 +422,7 @@ def test_frozen_leaves_and_rows_stay_bit_identical_under_momentum_and_decay(froz
 
     after = fit.fit(loss, params, shuffled(), optimizer(), 50, key=KEY, frozen=frozen).params
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    masks = jax.tree.leaves(fit._frozen_masks(frozen, params))
+    masks = jax.tree.leaves(fit.steps.frozen_masks(frozen, params))
     assert any(mask.any() for mask in masks)
     for (_, old), new, mask in zip(leaves, jax.tree.leaves(after), masks, strict=True):
         mask = np.broadcast_to(mask, old.shape)
