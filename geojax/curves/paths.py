@@ -95,7 +95,9 @@ def measured_by(loss_fn: Callable, measure_fn: Callable | None) -> Callable:
     if measure_fn is None and fit_.takes_key(loss_fn):
         raise ValueError(
             "loss_fn takes a key: give measure_fn, the loss without noise by which paths are "
-            "judged, such as `objectives.evaluation_loss(apply_fn, state)`."
+            "judged, such as `objectives.evaluation_loss(apply_fn, state)`; for a network with "
+            "BatchNorm one of (params, state, batch), and `state_fn`, since statistics belong to "
+            "one point."
         )
     return measure_fn or loss_fn
 

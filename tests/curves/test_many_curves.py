@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from geojax import batches, checkpoint, curves, tree
+from geojax import batches, checkpoint, curves, models, objectives, tree
 
 R = np.random.default_rng(0)
 ROWS = R.normal(size=(12, 8)).astype(np.float32)
@@ -65,6 +65,24 @@ def test_five_curves_in_one_call_are_those_of_five_calls(name, over):
         assert bool((x[:, 0] == y[:, 0]).all())
         assert bool((x[:, -1] == y[:, -1]).all())
         assert not bool((x[:, 1] == y[:, 1]).any())
+
+
+@pytest.mark.parametrize("over", ["vmap", "sequential"])
+def test_convolutional_curves_are_each_normalised_by_batches_of_their_own(over):
+    model = models.build("cnn", widths=[4], num_classes=3)
+    data = R.normal(size=(24, 6, 6, 1)).astype(np.float32), np.arange(24, dtype=np.int32) % 3
+    made = [model.init(jax.random.key(i), data[0][:1]) for i in range(4)]
+    train = objectives.loss(model.apply, made[0][1])
+    nets, basis = [params for params, _ in made], curves.bezier(3)
+    pairs = [curves.initialize(basis, *nets[:2]), curves.initialize(basis, *nets[2:])]
+    options = {"num_steps": 4, "key": KEY}
+    args = batches.split(data, 12), optax.sgd(0.3)
+    found = curves.fit_many(train, basis, tree.stack(pairs), *args, over=over, **options)
+    for i, (one, start) in enumerate(zip(tree.unstack(found.control_points), pairs, strict=True)):
+        alone = curves.fit(train, basis, start, *args, index=i, **options).control_points
+        moved = float(tree.norm(tree.axpy(-1.0, start, alone)))
+        assert moved > 0.05
+        assert float(tree.norm(tree.axpy(-1.0, one, alone))) < 64 * EPS * moved
 
 
 def test_curves_have_draws_of_their_own_and_one_trace():

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from geojax import batches, curves, datasets, fit, models, objectives, tree
+from geojax import batches, curves, datasets, fit, models, objectives, statistics, tree
 
 KEY = jax.random.key(0)
 ONE = jnp.ones(1)
@@ -134,6 +134,36 @@ def test_a_band_is_the_same_in_turn_and_at_once_with_one_program():
     other = run(key=KEY, over="sequential")
     assert len(traces) == 2 + 5
     np.testing.assert_allclose(found.points["w"], other.points["w"], atol=64 * EPS)
+
+
+def test_a_convolutional_path_is_judged_by_the_statistics_of_each_of_its_points():
+    data = jax.tree.map(lambda x: x[:100], datasets.load("digits").train)
+    model = models.build("cnn", widths=[4], num_classes=10)
+    nets = [model.init(jax.random.key(i), data.inputs[:1]) for i in range(2)]
+    state = nets[0][1]
+    with_state = objectives.metrics_with_state(model.apply)
+
+    def measure_fn(params, state, batch):
+        return with_state(params, state, batch)["loss"]
+
+    def fresh(params):
+        return statistics.refresh(model.apply, params, state, data)
+
+    chain = curves.initialize(curves.polychain(4), nets[0][0], nets[1][0])
+    run = functools.partial(
+        curves.neb, objectives.loss(model.apply, state), chain, batches.split(data, 50),
+        optax.sgd(0.3), 4, key=KEY, measure_fn=measure_fn, state_fn=fresh, num_between=1,
+    )  # fmt: skip
+    found, other = run(), run(over="sequential")
+    moved = float(tree.norm(tree.axpy(-1.0, chain, other.points)))
+    assert moved > 0.1
+    assert float(tree.norm(tree.axpy(-1.0, found.points, other.points))) < 64 * EPS * moved
+    before = curves.measure_path(measure_fn, chain, data, state_fn=fresh, num_between=1)
+    assert found.highest < before.highest
+    for point, value in zip(tree.unstack(found.points), found.pivot_losses, strict=True):
+        outputs, _ = model.apply(point, fresh(point), data.inputs, False)
+        own = optax.softmax_cross_entropy_with_integer_labels(outputs, data.labels).mean()
+        assert value == pytest.approx(float(own), rel=1e-5)
 
 
 def test_a_stopped_autoneb_goes_on_to_the_same_bits(tmp_path):
