@@ -342,6 +342,52 @@ def test_classes_have_colors_of_their_own(num):
         assert found[:6] == [color.lower() for color in COLORS[:6]]
 
 
+def test_a_band_is_two_standard_deviations_around_the_mean():
+    rng = np.random.default_rng(0)
+    x = np.linspace(-1, 1, 7) ** 3
+    found = {name: rng.normal(size=(num, 7)) for name, num in (("a", 5), ("b", 30))}
+    figure = plot.bands(
+        found, x, inputs=[[0.1], [0.2]], targets=[[1.0], [-1.0]], truth=x, num_members=4,
+        y_label="target",
+    )  # fmt: skip
+    assert figure.get_supylabel() == "target"
+    for axes, (title, outputs) in zip(panels(figure), found.items(), strict=True):
+        assert axes.get_title(loc="left") == title
+        edge = axes.collections[0].get_paths()[0].vertices
+        for i, place in enumerate(x):
+            mean, half = outputs[:, i].mean(), 2 * np.sqrt(outputs[:, i].var(ddof=1))
+            ends = edge[np.isclose(edge[:, 0], place), 1]
+            assert ends.max() == pytest.approx(mean + half)
+            assert ends.min() == pytest.approx(mean - half)
+        *members, mean, truth, data = axes.lines
+        assert len(members) == 4
+        np.testing.assert_array_equal(members[0].get_ydata(), outputs[0])
+        np.testing.assert_array_equal(members[-1].get_ydata(), outputs[-1])
+        np.testing.assert_allclose(mean.get_ydata(), outputs.mean(0))
+        np.testing.assert_array_equal(truth.get_ydata(), x)
+        np.testing.assert_array_equal(data.get_xydata(), [[0.1, 1.0], [0.2, -1.0]])
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["± 2 σ", "single networks", "mean", "truth", "data"]
+    png(figure)
+
+
+def test_bands_that_do_not_fit_are_refused():
+    x, good = np.arange(4.0), np.zeros((3, 4))
+    for panels_, at, options, words in (
+        ({}, x, {}, "0 panels"),
+        ({"a": good}, x[::-1], {}, "ascending"),
+        ({"a": good}, x[:, None], {}, r"shape \(4, 1\)"),
+        ({"a": good.T}, x, {}, r"expected \(members, 4\)"),
+        ({"a": good[:1]}, x, {}, "two members"),
+        ({"a": np.full((3, 4), np.nan)}, x, {}, "not finite"),
+        ({"a": good}, x, {"truth": x[1:]}, r"expected \(4,\)"),
+        ({"a": good}, x, {"inputs": x}, "or neither"),
+        ({"a": good}, x, {"inputs": x, "targets": x[1:]}, "or neither"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plot.bands(panels_, at, **options)
+
+
 def test_boundaries_that_do_not_fit_are_refused():
     places = np.zeros((3, 4, 2))
     grid, probabilities = several(3)

@@ -2,12 +2,13 @@
 
 from geojax.plot._style import png
 from geojax.plot.complexes import complex
-from geojax.plot.decisions import boundaries
+from geojax.plot.decisions import bands, boundaries
 from geojax.plot.lines import curves, density
 from geojax.plot.planes import faces, levels, plane
 from geojax.plot.reliability import reliability
 
 __all__ = [
+    "bands",
     "boundaries",
     "complex",
     "curves",

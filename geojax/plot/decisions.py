@@ -1,13 +1,13 @@
-"""What networks decide in the plane of their inputs."""
+"""What networks say of their inputs: classes over a plane, and numbers along a line."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from geojax.plot._style import COLORS, STYLE, matplotlib_and_figure
+from geojax.plot._style import COLORS, DASHES, STYLE, matplotlib_and_figure
 
-__all__ = ["boundaries"]
+__all__ = ["bands", "boundaries"]
 
 # Dots along each side of a panel of regions: about one for each of the picture's own.
 _FINE = 400
@@ -210,6 +210,100 @@ def _interpolated(values: np.ndarray, at: np.ndarray, fine: np.ndarray, axis: in
     share = share.reshape([-1 if i == axis else 1 for i in range(values.ndim)])
     low, high = (np.take(values, i, axis=axis) for i in (right - 1, right))
     return low * (1 - share) + high * share
+
+
+def bands(
+    panels: Mapping[str, Any],
+    x: Any,
+    *,
+    inputs: Any = None,
+    targets: Any = None,
+    truth: Any = None,
+    num_members: int = 8,
+    x_label: str = "input",
+    y_label: str = "output",
+    columns: int = 3,
+    size: tuple[float, float] = (2.6, 2.2),
+) -> Any:
+    """What sampled networks of one input and one output say: their mean and its band of 2 sigma.
+
+    Sigma is the standard deviation of the members' outputs, of the networks alone: the noise of the
+    data is not in it.
+
+    Args:
+        panels: From a title to `(members, n)` outputs at `x`, of two members or more.
+        x: `(n,)`: the inputs, ascending.
+        inputs: `(m,)` or `(m, 1)`: examples to mark.
+        targets: Their targets, of the same shape.
+        truth: `(n,)`: the function behind the examples, where it is known.
+        num_members: How many members are drawn by themselves as thin lines, evenly picked.
+        x_label: Below the panels.
+        y_label: Beside them.
+        columns: Panels side by side, all on one scale.
+        size: Width and height of a panel in inches.
+
+    Returns:
+        A `matplotlib.figure.Figure`; write it with `png` or its own `savefig`.
+
+    Raises:
+        ImportError: Without matplotlib.
+        ValueError: For shapes that do not fit together, values that are not finite, or no panel.
+    """
+    matplotlib, Figure = matplotlib_and_figure()  # noqa: N806
+    at = np.asarray(x, np.float64)
+    if at.ndim != 1 or len(at) < 2 or not (np.diff(at) > 0).all() or not panels:
+        raise ValueError(
+            f"bands: x has shape {at.shape} and there are {len(panels)} panels; expected at least "
+            "two ascending inputs (n,) and one panel."
+        )
+    given = {title: np.asarray(found, np.float64) for title, found in panels.items()}
+    for title, found in given.items():
+        if found.ndim != 2 or len(found) < 2 or found.shape[1] != len(at):
+            raise ValueError(
+                f"bands: panel {title!r} has shape {found.shape}; expected (members, "
+                f"{len(at)}), of two members or more."
+            )
+        if not np.isfinite(found).all():
+            raise ValueError(f"bands: panel {title!r} has values that are not finite.")
+    if truth is not None and np.shape(truth) != at.shape:
+        raise ValueError(f"bands: truth has shape {np.shape(truth)}; expected {at.shape}.")
+    if (inputs is None) != (targets is None) or np.size(inputs) != np.size(targets):
+        raise ValueError("bands: expected inputs and targets (m,), or neither.")
+    columns = min(columns, len(given))
+    rows = -(-len(given) // columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(size[0] * columns + 0.3, size[1] * rows + 0.5))
+        all_axes = np.ravel(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True))
+        for axes, (title, found) in zip(all_axes, given.items(), strict=False):
+            mean, sigma = found.mean(0), found.std(0, ddof=1)
+            look = {"color": COLORS[0], "lw": 0}
+            axes.fill_between(
+                at, mean - 2 * sigma, mean + 2 * sigma, alpha=0.25, label="± 2 σ", **look
+            )
+            shown = np.linspace(0, len(found) - 1, min(num_members, len(found))).round().astype(int)
+            for i, member in enumerate(found[shown]):
+                label = None if i else "single networks"
+                axes.plot(at, member, color=COLORS[0], lw=0.5, alpha=0.7, label=label)
+            axes.plot(at, mean, color=COLORS[0], label="mean")
+            if truth is not None:
+                axes.plot(at, truth, color="#444444", linestyle=DASHES[1], lw=1.1, label="truth")
+            if inputs is not None:
+                axes.plot(
+                    np.ravel(inputs), np.ravel(targets), "o", color=COLORS[1], ms=2.2, mew=0,
+                    alpha=0.7, label="data",
+                )  # fmt: skip
+            axes.set_xlim(at[0], at[-1])
+            axes.set_title(title, loc="left", fontsize=9)
+        for axes in all_axes[len(given) :]:
+            axes.set_axis_off()
+        handles, labels = all_axes[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside upper left", ncols={1: 2, 2: 3}.get(columns, 5),
+            markerscale=2, handlelength=1.5,
+        )  # fmt: skip
+        figure.supxlabel(x_label, fontsize=9)
+        figure.supylabel(y_label, fontsize=9)
+        return figure
 
 
 def _legend(figure: Any, colors: Sequence[str], called: Sequence[str], marked: bool) -> None:
