@@ -260,23 +260,23 @@ def test_simplices_are_drawn_by_their_volume_as_it_is():
     vertices = {"w": jnp.asarray([[0, 0], [1, 0], [0, 9], [0, 1.0]], jnp.float32)}
     # The free vertex 3 makes triangles of area 1/2 ... with (0, 1) and of height zero with (0, 2).
     one = simplex.SimplicialComplex(vertices, [(0, 1, 3), (1, 2, 3)])
-    from geojax.simplex import training
+    from geojax.simplex import _objective, training
 
     shape = training._shape([one], (3,), False)
     parts = _families.parts_of(one.vertices, shape.split)
     faces, bases = _heights.bases(parts["fixed"], ((0, 1), (1, 2)))
     parts |= {"bases": bases}
-    log_probabilities = training._log_probabilities(parts, shape, faces, "volume")
+    log_probabilities = _objective.log_probabilities_of(parts, shape, faces, "volume")
     shares = jax.nn.softmax(log_probabilities)
     np.testing.assert_allclose(shares, [1 / 9, 8 / 9], rtol=1e-5)  # areas 1/2 and 4
-    weights = np.asarray(training._draw(KEY, shape, 20_000, log_probabilities, 1))[:, 0]
+    weights = np.asarray(_objective.draw(KEY, shape, 20_000, log_probabilities, 1))[:, 0]
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
     inside_first = weights[:, 2] == 0
     assert inside_first.mean() == pytest.approx(1 / 9, abs=0.01)
     chosen = weights[~inside_first][:, [1, 2, 3]]
     np.testing.assert_allclose(chosen.mean(0), 1 / 3, atol=0.01)
     np.testing.assert_allclose(np.cov(chosen.T)[0, 1], -1 / 36, rtol=0.05)
-    uniform = np.asarray(training._draw(KEY, shape, 20_000, jnp.zeros(2), 1))[:, 0]
+    uniform = np.asarray(_objective.draw(KEY, shape, 20_000, jnp.zeros(2), 1))[:, 0]
     assert (uniform[:, 2] == 0).mean() == pytest.approx(0.5, abs=0.01)
 
 
