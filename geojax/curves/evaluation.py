@@ -247,7 +247,7 @@ def measure(
             for i, (params, extra) in enumerate(points(), begin):
                 value = averaged(params, *extra)
                 if i < run.done:
-                    run.compare(value)
+                    run.compare(value, run.done)
                     continue
                 if waiting is not None:  # the host runs one point ahead
                     update(run.take(waiting))
