@@ -287,6 +287,10 @@ def test_values_are_saved_as_often_as_asked_and_another_plane_is_refused(tmp_pat
         surface.plane(metrics, [C, B, A], DATA, num=(3, 2), checkpoint=folder)
     with pytest.raises(ValueError, match="another run: its source differ"):
         surface.plane(metrics, [A, B, C], {"x": X}, num=(3, 2), checkpoint=folder)
+    # Too close for the metrics to tell.
+    other = batches.split({"x": X * np.float32(1.001)}, 8)
+    with pytest.raises(ValueError, match="another run: its data differ"):
+        surface.plane(metrics, [A, B, C], other, num=(3, 2), checkpoint=folder)
 
 
 def halved(params, batch):

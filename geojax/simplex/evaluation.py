@@ -13,7 +13,7 @@ from geojax import batches as batches_
 from geojax import progress as bars
 from geojax import tree
 from geojax._checksums import checksums
-from geojax._measured import Measured
+from geojax._measured import Measured, about_data
 from geojax.fit import Checkpointer
 from geojax.simplex import barycentric, sampling
 from geojax.simplex.complexes import SimplicialComplex
@@ -120,7 +120,8 @@ def evaluate(
             `checkpoint.every` points, at the end and on an interrupt; the same call goes on from
             there, to the bits of one that was not interrupted. It first measures the last point
             where all metrics were finite again, also of an evaluation that is done, and refuses to
-            go on where other metrics, states or data show there.
+            go on where other metrics, states or data show there. Arrays in memory must be the same
+            to the bit.
         progress: True or False for a bar; by default one appears when it takes long.
 
     Returns:
@@ -187,7 +188,7 @@ def _record(complex: SimplicialComplex, source: Any) -> dict[str, Any]:
     """What tells one complex and its data from others, JSON-able."""
     return {
         "vertices": checksums(jax.tree.leaves(complex.vertices)),
-        "source": source.fingerprint() if isinstance(source, batches_.Batches) else None,
+        **about_data(source),
     }
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from geojax import batches as batches_
 from geojax import progress as progress_
 from geojax import tree
-from geojax._measured import Measured
+from geojax._measured import Measured, about_data
 from geojax.fit import Checkpointer
 from geojax.surface.directions import check_direction
 
@@ -326,7 +326,8 @@ def plane(
             `checkpoint.every` positions, at the end and on an interrupt; the same call goes on from
             there, to the bits of one that was not interrupted. It first measures the last position
             (or chunk) where all metrics were finite again, also of a plane that is done, and
-            refuses to go on where other metrics, states or data show there.
+            refuses to go on where other metrics, states or data show there. Arrays in memory must
+            be the same to the bit.
         progress: True or False for a bar; by default one appears when it takes long.
 
     Returns:
@@ -446,5 +447,5 @@ def _record(found: Frame, source: Any) -> dict[str, Any]:
     return {
         "origin": [float(tree.norm(found.origin)), *map(float, leaning)],
         "points": found.points.ravel().tolist(),
-        "source": source.fingerprint() if isinstance(source, batches_.Batches) else None,
+        **about_data(source),
     }
