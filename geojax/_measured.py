@@ -8,15 +8,35 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from geojax._checksums import checksums
+from geojax.batches import Batches
 from geojax.fit import Checkpointer
 
-__all__ = ["Measured"]
+__all__ = ["Measured", "about_data"]
 
 PyTree = Any
 # Far above what another device or compiler makes of the same metrics, far below other metrics.
 AGAIN = 1e-2
+
+
+def about_data(source: Any) -> dict[str, Any]:
+    """What tells one source of batches from others before it is read, JSON-able.
+
+    Metrics on other data of the same kind may be closer than those of one data set on two devices,
+    so arrays in memory are summed: about a second per gigabyte. Of a loader nothing is known.
+    """
+    if not isinstance(source, Batches):
+        return {"source": None}
+    leaves = [
+        jax.random.key_data(x)
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        else x
+        for x in jax.tree.leaves(source.arrays)
+    ]
+    return {"source": source.fingerprint(), "data": checksums(leaves)}
 
 
 class Measured:
@@ -88,8 +108,17 @@ class Measured:
             self.save()
         return self.done
 
-    def compare(self, value: PyTree) -> None:
-        """Raise unless the last position, measured again, has the metrics that were kept.
+    def known(self) -> int:
+        """The number of positions up to the last one whose metrics are finite, or that are done.
+
+        What is not finite is alike for many functions and data, and tells nothing.
+        """
+        kept = [np.isfinite(x[: self.done]) for x in self.values.values()]
+        finite = np.flatnonzero(np.all(kept, axis=0)) if kept else np.zeros(0, int)
+        return int(finite[-1]) + 1 if finite.size else self.done
+
+    def compare(self, value: PyTree, end: int, count: int = 1) -> None:
+        """Raise unless the `count` positions before `end`, measured again, have what was kept.
 
         Neither the function that measures nor its data have a name that a checkpoint could keep;
         only their numbers tell.
@@ -100,11 +129,14 @@ class Measured:
                 f"its metrics are {sorted(self.values)} and this run's {sorted(value)}"
             )
         for name, x in value.items():
-            kept = self.values[name][self.done - 1]
-            if not np.isclose(x, kept, rtol=AGAIN, atol=1e-6, equal_nan=True):
+            mine = np.asarray(x, np.float64).reshape(-1)[:count]
+            kept = self.values[name][end - count : end]
+            same = np.isclose(mine, kept, rtol=AGAIN, atol=1e-6, equal_nan=True)
+            if not same.all():
+                at = int(same.argmin())
                 raise self._of_another(
-                    f"its {name!r} at position {self.done - 1} is {kept:.6g} and this run's "
-                    f"{x:.6g}, by another function or state, or on other data"
+                    f"its {name!r} at position {end - count + at} is {kept[at]:.6g} and this "
+                    f"run's {mine[at]:.6g}, by another function or state, or on other data"
                 )
 
     def _checked(self, value: PyTree) -> dict[str, np.ndarray]:

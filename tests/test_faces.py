@@ -106,10 +106,25 @@ def test_an_interrupted_mosaic_goes_on_where_it_was(found, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         run()
     again = run()
-    # The one that was stopped, and the one whose value was still awaited.
-    assert len(calls) <= 4 * 25 + 2
+    # The one that was stopped, and the one whose value was still awaited; and of the two faces that
+    # were begun one position each, to know that they are the same.
+    assert len(calls) == 4 * 25 + 2 + 2
     for first, second in zip(found, again, strict=True):
         np.testing.assert_array_equal(first.plane.values["loss"], second.plane.values["loss"])
+    run()
+    assert len(calls) == 4 * 25 + 2 + 2 + 4
+
+
+def test_faces_that_were_kept_of_another_function_are_refused(tmp_path):
+    def run(metrics_fn):
+        return surface.faces(
+            metrics_fn, CORNERS, [(0, 1, 2), (1, 2, 3)], DATA, num=2,
+            checkpoints=lambda i: Checkpointer(tmp_path / str(i), every=5),
+        )  # fmt: skip
+
+    run(metrics)
+    with pytest.raises(ValueError, match="at position 3 is .* by another function"):
+        run(lambda p, b: {name: 2 * x for name, x in metrics(p, b).items()})
 
 
 def test_statistics_belong_to_each_position():

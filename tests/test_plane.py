@@ -265,12 +265,16 @@ def test_an_interrupted_plane_goes_on_to_the_same_bits(tmp_path, chunk):
     # The fourth was still on its way.
     assert folder.latest() == 3 * chunk
     found = surface.plane(metrics, [A, B, C], Stopping(), num=4, chunk=chunk, checkpoint=folder)
-    assert len(calls) == 5 + -(-(16 - 3 * chunk) // chunk)
+    # The last one kept once more, and those that were missing.
+    assert len(calls) == 5 + 1 + -(-(16 - 3 * chunk) // chunk)
     for name, values in want.values.items():
         np.testing.assert_array_equal(found.values[name], values)
-    # A plane that is done is read back.
-    surface.plane(metrics, [A, B, C], Stopping(), num=4, chunk=chunk, checkpoint=folder)
-    assert len(calls) == 5 + -(-(16 - 3 * chunk) // chunk)
+    # A plane that is done is read back, but for one position or chunk.
+    before = len(calls)
+    again = surface.plane(metrics, [A, B, C], Stopping(), num=4, chunk=chunk, checkpoint=folder)
+    assert len(calls) == before + 1
+    for name, values in want.values.items():
+        np.testing.assert_array_equal(again.values[name], values)
 
 
 def test_values_are_saved_as_often_as_asked_and_another_plane_is_refused(tmp_path):
@@ -283,6 +287,97 @@ def test_values_are_saved_as_often_as_asked_and_another_plane_is_refused(tmp_pat
         surface.plane(metrics, [C, B, A], DATA, num=(3, 2), checkpoint=folder)
     with pytest.raises(ValueError, match="another run: its source differ"):
         surface.plane(metrics, [A, B, C], {"x": X}, num=(3, 2), checkpoint=folder)
+    # Too close for the metrics to tell.
+    other = batches.split({"x": X * np.float32(1.001)}, 8)
+    with pytest.raises(ValueError, match="another run: its data differ"):
+        surface.plane(metrics, [A, B, C], other, num=(3, 2), checkpoint=folder)
+
+
+def halved(params, batch):
+    return {name: x / 2 for name, x in metrics(params, batch).items()}
+
+
+def stopped(metrics_fn, checkpoint, chunk):
+    """A plane of which a part is kept."""
+
+    class Stopping:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            if self.passes == 4:
+                raise KeyboardInterrupt
+            return iter(DATA)
+
+    with pytest.raises(KeyboardInterrupt):
+        surface.plane(metrics_fn, [A, B, C], Stopping(), num=4, chunk=chunk, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize("done", [False, True])
+def test_values_of_other_metrics_states_or_data_are_never_handed_back(tmp_path, chunk, done):
+    folder = Checkpointer(tmp_path / "plane", every=100)
+
+    class Same:
+        """Batches of which a checkpoint knows no more than that they are batches."""
+
+        def __init__(self, x):
+            self.x = x
+
+        def __iter__(self):
+            return iter(batches.split({"x": self.x}, 8))
+
+    def run(metrics_fn=metrics, x=X, **how):
+        return surface.plane(
+            metrics_fn, [A, B, C], Same(x), num=4, chunk=chunk, checkpoint=folder, **how
+        )
+
+    if done:
+        run()
+    else:
+        stopped(metrics, folder, chunk)
+    kept = folder.latest()
+    assert kept == (16 if done else 2 * chunk)
+    for change, says in (
+        ({"metrics_fn": halved}, r"at position \d+ is .* by another function"),
+        ({"x": X[::-1] + 1}, r"at position \d+ is .* on other data"),
+        (
+            {"metrics_fn": lambda p, state, b: {k: x + state for k, x in metrics(p, b).items()},
+             "state_fn": lambda params: jnp.ones(())},
+            r"at position \d+ is .* by another function or state",
+        ),
+        (
+            {"metrics_fn": lambda p, b: {"square": metrics(p, b)["square"]}},
+            r"its metrics are \['linear', 'square'\] and this run's \['square'\]",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=says) as raised:
+            run(**change)
+        assert f"the checkpoint in {folder.location} is of another run" in str(raised.value)
+        assert folder.latest() == kept
+    want = surface.plane(metrics, [A, B, C], DATA, num=4, chunk=chunk)
+    for name, values in run().values.items():
+        np.testing.assert_array_equal(values, want.values[name])
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_the_position_measured_again_is_one_that_can_tell(tmp_path, chunk):
+    def far_off(scale):
+        def metrics_fn(params, batch):
+            loss = scale * jnp.mean(params["w"] ** 2) + jnp.mean(batch["x"])
+            return {"loss": jnp.where(params["w"][1] > 0.5, jnp.nan, loss)}
+
+        return metrics_fn
+
+    points = [{"w": jnp.array(w)} for w in ([0.0, 0.0], [1.0, 0.0], [0.0, 1.0])]
+    folder = Checkpointer(tmp_path, every=100)
+    found = surface.plane(
+        far_off(1.0), points, DATA, num=3, margin=0.0, chunk=chunk, checkpoint=folder
+    )
+    # The last of the rows is NaN under both functions.
+    assert np.isnan(found.values["loss"]).tolist() == [[False] * 3] * 2 + [[True] * 3]
+    with pytest.raises(ValueError, match="at position [345] is .* by another function"):
+        surface.plane(far_off(2.0), points, DATA, num=3, margin=0.0, chunk=chunk, checkpoint=folder)
 
 
 def test_positions_and_metrics_that_make_no_plane_are_refused():

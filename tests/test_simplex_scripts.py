@@ -183,15 +183,45 @@ def test_its_figures_have_their_data(grown):
     assert (grown / "report.html").exists()
 
 
-def test_a_second_call_trains_and_measures_nothing(scripts, grown, networks, tmp_path, monkeypatch):
+def counted_positions(monkeypatch):
+    """The positions of planes that are measured from now on, as they come."""
+    calls, measure = [], planes._measure
+
+    def counted(found, places, *args):
+        calls.extend(places)
+        return measure(found, places, *args)
+
+    monkeypatch.setattr(planes, "_measure", counted)
+    return calls
+
+
+def test_a_second_call_trains_nothing_and_measures_one_position_of_each_face(
+    scripts, grown, networks, tmp_path, monkeypatch
+):
     folder = tmp_path / "copy"
     shutil.copytree(grown, folder)
     for name in ("spro", "evaluate", "worst_point"):
         monkeypatch.setattr(simplex, name, forbidden)
-    monkeypatch.setattr(planes, "_measure", forbidden)
-    monkeypatch.setattr(batches, "mean", lambda *args, **kwargs: forbidden)
+    again = counted_positions(monkeypatch)
+    passes, mean = [], batches.mean
+
+    def counted(metrics_fn, *args, **kwargs):
+        averaged = mean(metrics_fn, *args, **kwargs)
+
+        def once(*point):
+            passes.append(metrics_fn.__name__)
+            return averaged(*point)
+
+        return once
+
+    monkeypatch.setattr(batches, "mean", counted)
     script = scripts["complex"]
     script.main(script.Options(networks=networks, out=folder, **SPRO))
+    with np.load(grown / "faces.npz") as data:
+        assert len(again) == len(data["triangles"]) > 1
+    # The other passes are for the statistics at these positions.
+    assert passes.count("metrics_fn") == len(again)
+    assert set(passes) == {"metrics_fn", "moments"}
     assert result(folder) == result(grown)
 
 
@@ -466,15 +496,19 @@ def test_disagreement_is_the_share_of_pairs_that_differ(scripts):
     np.testing.assert_allclose(found, np.mean(pairs, axis=0), rtol=1e-12)
 
 
-def test_spirals_a_second_time_are_only_drawn(scripts, spirals, monkeypatch):
+def test_spirals_a_second_time_are_only_drawn_but_for_a_position_of_each_face(
+    scripts, spirals, monkeypatch
+):
     folder, holds = spirals
     before = result(folder)
     for name in ("spro", "evaluate", "worst_point", "members"):
         monkeypatch.setattr(simplex, name, forbidden)
-    monkeypatch.setattr(planes, "_measure", forbidden)
+    again = counted_positions(monkeypatch)
     monkeypatch.setattr(fit, "fit", forbidden)
     script = scripts["spirals"]
     assert script.main(script.Options(out=folder, **SPIRALS)) == holds
+    with np.load(folder / "faces.npz") as data:
+        assert len(again) == len(data["triangles"])
     assert result(folder) == before
 
 

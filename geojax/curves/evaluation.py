@@ -12,7 +12,7 @@ from geojax import batches as batches_
 from geojax import progress as bars
 from geojax import surface, tree
 from geojax._checksums import checksums
-from geojax._measured import Measured
+from geojax._measured import Measured, about_data
 from geojax.curves.bases import (
     Basis,
     check_basis,
@@ -150,7 +150,8 @@ def evaluate(
         checkpoint: A `geojax.checkpoint.Checkpointer`: the values so far are saved every
             `checkpoint.every` positions, at the end and on an interrupt; the same call goes on from
             there, to the bits of one that was not interrupted. It first measures the last position
-            again, and refuses to go on where other metrics, states or data show there.
+            again, and refuses to go on where other metrics, states or data show there. Arrays in
+            memory must be the same to the bit.
         progress: True or False for a bar; by default one appears when it takes long.
 
     Returns:
@@ -247,7 +248,7 @@ def measure(
             for i, (params, extra) in enumerate(points(), begin):
                 value = averaged(params, *extra)
                 if i < run.done:
-                    run.compare(value)
+                    run.compare(value, run.done)
                     continue
                 if waiting is not None:  # the host runs one point ahead
                     update(run.take(waiting))
@@ -263,7 +264,7 @@ def _record(control_points: PyTree, source: Any) -> dict[str, Any]:
     """What tells one curve and its data from others, JSON-able."""
     return {
         "control points": checksums(jax.tree.leaves(control_points)),
-        "source": source.fingerprint() if isinstance(source, batches_.Batches) else None,
+        **about_data(source),
     }
 
 

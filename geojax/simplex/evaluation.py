@@ -12,6 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from geojax import batches as batches_
 from geojax import progress as bars
 from geojax import tree
+from geojax._checksums import checksums
+from geojax._measured import Measured, about_data
+from geojax.fit import Checkpointer
 from geojax.simplex import barycentric, sampling
 from geojax.simplex.complexes import SimplicialComplex
 
@@ -95,6 +98,7 @@ def evaluate(
     weight_fn: Callable[[PyTree], jax.Array] | None = None,
     mesh: Mesh | NamedSharding | None = None,
     include_vertices: bool = True,
+    checkpoint: Checkpointer | None = None,
     progress: bool | None = None,
 ) -> SimplexEvaluation:
     """Measure metrics at points drawn from a complex, on fixed data in a fixed order.
@@ -112,14 +116,21 @@ def evaluate(
         weight_fn: Weight of a batch; by default its number of examples.
         mesh: Split each batch over this mesh's first axis.
         include_vertices: Measure the vertices besides; they do not enter means and quantiles.
+        checkpoint: A `geojax.checkpoint.Checkpointer`: the values so far are saved every
+            `checkpoint.every` points, at the end and on an interrupt; the same call goes on from
+            there, to the bits of one that was not interrupted. It first measures the last point
+            where all metrics were finite again, also of an evaluation that is done, and refuses to
+            go on where other metrics, states or data show there. Arrays in memory must be the same
+            to the bit.
         progress: True or False for a bar; by default one appears when it takes long.
 
     Returns:
-        A `SimplexEvaluation`. Cost: a pass over the data for each point and vertex; memory: two
-        points besides the complex.
+        A `SimplexEvaluation`. Cost: a pass over the data for each point and vertex, and one more
+        with a checkpoint that goes on; memory: two points besides the complex.
 
     Raises:
-        ValueError: As `probabilities`; if `num_points` is less than 1; if a metric is no scalar.
+        ValueError: As `probabilities`; if `num_points` is less than 1; if a metric is no scalar;
+            for a checkpoint of other vertices, of other points, metrics or data.
 
     Example:
         >>> from geojax.simplex import single
@@ -137,30 +148,48 @@ def evaluate(
     places = weights
     if include_vertices:
         places = np.concatenate([weights, np.eye(complex.num_vertices, dtype=np.float32)])
-    averaged = batches_.mean(metrics_fn, batches, weight_fn=weight_fn, mesh=mesh)
-    rows: list[Any] = []
+    source = batches_.as_batches(batches)
+    averaged = batches_.mean(metrics_fn, source, weight_fn=weight_fn, mesh=mesh)
+    record = {} if checkpoint is None else _record(complex, source)
+    run = Measured("simplex", places, checkpoint, record, rtol=1e-6)
+
+    def measure(place: np.ndarray) -> Any:
+        params = _at(complex.vertices, place)
+        row = averaged(params, *(() if state_fn is None else (state_fn(params),)))
+        _check_scalars(row)
+        return row
+
     with bars.bar(len(places), "simplex", show=progress) as update:
-        for i, place in enumerate(places):
-            params = _at(complex.vertices, place)
-            extra = () if state_fn is None else (state_fn(params),)
-            rows.append(averaged(params, *extra))
-            if i:  # the host runs one point ahead
-                jax.block_until_ready(rows[i - 1])
-            else:
-                _check_scalars(rows[0])
-            update(i + 1)
-    rows = jax.device_get(rows)
+        try:
+            if run.done:
+                run.compare(measure(places[run.known() - 1]), run.known())
+            waiting = None
+            for place in places[run.done :]:
+                row = measure(place)
+                if waiting is not None:  # the host runs one point ahead
+                    update(run.take(waiting))
+                waiting = row
+            if waiting is not None:
+                update(run.take(waiting))
+        finally:
+            run.save()
     simplices = np.asarray(drawn.simplices)
     return SimplexEvaluation(
         weights,
         simplices,
         {
-            name: _summary(
-                np.array([row[name] for row in rows], np.float64), places, simplices, complex
-            )
-            for name in rows[0]
+            name: _summary(measured, places, simplices, complex)
+            for name, measured in run.values.items()
         },
     )
+
+
+def _record(complex: SimplicialComplex, source: Any) -> dict[str, Any]:
+    """What tells one complex and its data from others, JSON-able."""
+    return {
+        "vertices": checksums(jax.tree.leaves(complex.vertices)),
+        **about_data(source),
+    }
 
 
 @jax.jit

@@ -61,12 +61,14 @@ def faces(
         mesh: As for `plane`.
         chunk: As for `plane`.
         checkpoints: From the number of the triangle to its `Checkpointer`, as `plane` uses one; the
-            same call then goes on where it was stopped.
+            same call then goes on where it was stopped. Of each triangle that was begun or done it
+            measures one position (or chunk) again, and refuses where other numbers show.
         progress: As for `plane`, a bar for each triangle.
 
     Returns:
-        One `Face` for each triangle, in their order. Cost: `num**2` passes over the data for each;
-        memory: a frame for each, three times the parameters.
+        One `Face` for each triangle, in their order. Cost: `num**2` passes over the data for each,
+        and one more for each with a checkpoint that goes on; memory: a frame for each, three times
+        the parameters.
 
     Raises:
         ValueError: If there is no triangle, or one that does not name three different vertices; if

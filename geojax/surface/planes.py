@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from geojax import batches as batches_
 from geojax import progress as progress_
 from geojax import tree
-from geojax._measured import Measured
+from geojax._measured import Measured, about_data
 from geojax.fit import Checkpointer
 from geojax.surface.directions import check_direction
 
@@ -324,15 +324,20 @@ def plane(
             CPU are several times slower that way.
         checkpoint: A `geojax.checkpoint.Checkpointer`: the values so far are saved every
             `checkpoint.every` positions, at the end and on an interrupt; the same call goes on from
-            there, to the bits of one that was not interrupted.
+            there, to the bits of one that was not interrupted. It first measures the last position
+            (or chunk) where all metrics were finite again, also of a plane that is done, and
+            refuses to go on where other metrics, states or data show there. Arrays in memory must
+            be the same to the bit.
         progress: True or False for a bar; by default one appears when it takes long.
 
     Returns:
         A `Plane`. Each point is rounded to the dtypes of the parameters. Cost: one pass over the
-        data for each position; memory: the frame and `chunk` points.
+        data for each position or chunk, and one more with a checkpoint that goes on; memory: the
+        frame and `chunk` points.
 
     Raises:
-        ValueError: As `frame`; for positions that make no grid; for a checkpoint of another plane.
+        ValueError: As `frame`; for positions that make no grid; for a checkpoint of another plane
+            or of other positions, metrics or data.
         TypeError: If `metrics_fn` returns no dict of scalars.
 
     Example:
@@ -373,6 +378,11 @@ def plane(
     )
     with progress_.bar(len(flat), "plane", show=progress) as bar:
         try:
+            if run.done:
+                end = run.known()
+                again = flat[max(end - chunk, 0) : end]
+                value = _measure(found, again, chunk, averaged, state_fn)
+                run.compare(value, end, len(again))
             waiting = None
             for start in range(run.done, len(flat), chunk):
                 value = _measure(found, flat[start : start + chunk], chunk, averaged, state_fn)
@@ -437,5 +447,5 @@ def _record(found: Frame, source: Any) -> dict[str, Any]:
     return {
         "origin": [float(tree.norm(found.origin)), *map(float, leaning)],
         "points": found.points.ravel().tolist(),
-        "source": source.fingerprint() if isinstance(source, batches_.Batches) else None,
+        **about_data(source),
     }

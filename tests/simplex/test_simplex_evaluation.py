@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from geojax import batches, simplex, tree
+from geojax import batches, checkpoint, simplex, tree
 
 KEY = jax.random.key(0)
 R = np.random.default_rng(0)
@@ -168,6 +168,131 @@ def test_sharded_data_and_parameters_give_the_same(mesh, found):
         )
     plain = simplex.worst_point(square, TWO, DATA, key=KEY, num_starts=2, num_steps=4)
     np.testing.assert_allclose(worst.value, plain.value, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------- resuming
+
+
+class Counted:
+    """Batches that count the passes over them, and end one with Ctrl-C."""
+
+    def __init__(self, stop=None, rows=X):
+        self.stop, self.rows, self.passes = stop, rows, 0
+
+    def __iter__(self):
+        self.passes += 1
+        if self.passes == self.stop:
+            raise KeyboardInterrupt
+        return iter(batches.split(self.rows, 8))
+
+
+def with_state(params, state, batch):
+    return {name: x + state for name, x in metrics(params, batch).items()}
+
+
+def same_bits(one, other):
+    for name, metric in one.metrics.items():
+        for field, x in metric._asdict().items():
+            np.testing.assert_array_equal(getattr(other.metrics[name], field), x)
+    np.testing.assert_array_equal(one.weights, other.weights)
+    np.testing.assert_array_equal(one.simplices, other.simplices)
+
+
+@pytest.mark.parametrize("vertices", [True, False])
+def test_an_interrupted_evaluation_goes_on_to_the_same_bits(vertices, tmp_path):
+    made = []
+
+    def state_fn(params):
+        made.append(1)
+        return jnp.sum(params["w"] ** 2)
+
+    def run(source, **how):
+        return simplex.evaluate(
+            with_state, TWO, source, 7, key=KEY, state_fn=state_fn, include_vertices=vertices, **how
+        )
+
+    total = 7 + 4 * vertices
+    whole = run(Counted())
+    keep = checkpoint.Checkpointer(tmp_path, every=2, keep=None)
+    with pytest.raises(KeyboardInterrupt):
+        run(Counted(stop=6), checkpoint=keep)
+    # The fifth point was still on its way.
+    assert keep.steps() == [2, 4]
+    made.clear()
+    rest = Counted()
+    same_bits(whole, run(rest, checkpoint=keep))
+    # The last one kept once more, and those that were missing.
+    assert rest.passes == len(made) == 1 + total - 4
+    assert keep.latest() == total
+    made.clear()
+    done = Counted()
+    same_bits(whole, run(done, checkpoint=keep))
+    assert done.passes == len(made) == 1
+
+
+def test_only_the_evaluation_that_was_stopped_goes_on(tmp_path):
+    keep = checkpoint.Checkpointer(tmp_path, every=3)
+    given = {
+        "metrics_fn": metrics, "complex": TWO, "batches": DATA, "num_points": 5, "key": KEY,
+        "checkpoint": keep,
+    }  # fmt: skip
+    found = simplex.evaluate(**given)
+    # One unit in the last place of one weight.
+    nearby = {"w": VERTICES["w"].at[1, 2].set(jnp.nextafter(VERTICES["w"][1, 2], jnp.float32(9)))}
+    for change, says in (
+        ({"complex": simplex.SimplicialComplex(nearby, TWO.simplices)}, "its vertices differ"),
+        ({"complex": TRIANGLE}, "its positions differ"),
+        ({"key": jax.random.key(1)}, "its positions differ"),
+        ({"num_points": 6}, "its positions differ"),
+        ({"choose": [1, 0]}, "its positions differ"),
+        ({"include_vertices": False}, "its positions differ"),
+        ({"batches": batches.split(X, 5)}, "its source differ"),
+        # Too close for the metrics to tell.
+        ({"batches": batches.split(X * np.float32(1.001), 8)}, "its data differ"),
+        (
+            {"metrics_fn": lambda p, b: {k: x / 2 for k, x in metrics(p, b).items()}},
+            "at position 8 is .* by another function",
+        ),
+        (
+            {"metrics_fn": with_state, "state_fn": lambda params: jnp.ones(())},
+            "at position 8 is .* by another function or state",
+        ),
+        (
+            {"metrics_fn": lambda p, b: {"loss": square(p, b)}},
+            r"its metrics are \['loss', 'total'\] and this run's \['loss'\]",
+        ),
+    ):
+        with pytest.raises(ValueError, match=says) as raised:
+            simplex.evaluate(**(given | change))
+        assert "is of another run" in str(raised.value)
+        assert str(tmp_path) in str(raised.value)
+        assert keep.latest() == 9
+    same_bits(found, simplex.evaluate(**given))
+
+
+def test_data_of_which_nothing_is_known_are_told_by_the_metrics(tmp_path):
+    keep = checkpoint.Checkpointer(tmp_path, every=3)
+    found = simplex.evaluate(metrics, TWO, Counted(), 3, key=KEY, checkpoint=keep)
+    with pytest.raises(ValueError, match="at position 6 is .* on other data"):
+        simplex.evaluate(metrics, TWO, Counted(rows=X + 1), 3, key=KEY, checkpoint=keep)
+    same_bits(found, simplex.evaluate(metrics, TWO, Counted(), 3, key=KEY, checkpoint=keep))
+
+
+def test_an_evaluation_stopped_on_one_device_goes_on_on_eight(mesh, tmp_path):
+    whole = simplex.evaluate(metrics, TWO, Counted(), 5, key=KEY)
+    keep = checkpoint.Checkpointer(tmp_path, every=1)
+    with pytest.raises(KeyboardInterrupt):
+        simplex.evaluate(metrics, TWO, Counted(5), 5, key=KEY, checkpoint=keep)
+    assert keep.latest() == 3
+    sharding = NamedSharding(mesh, P(None, "model"))
+    there = simplex.SimplicialComplex(jax.device_put(VERTICES, sharding), TWO.simplices)
+    rest = Counted()
+    with jax.set_mesh(mesh):
+        found = simplex.evaluate(metrics, there, rest, 5, key=KEY, checkpoint=keep, mesh=mesh)
+    assert rest.passes == 1 + 6
+    for name, metric in whole.metrics.items():
+        np.testing.assert_allclose(found.metrics[name].values, metric.values, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(found.metrics[name].values[:3], metric.values[:3])
 
 
 # ------------------------------------------------------------------------------- the worst point
