@@ -367,6 +367,9 @@ def measure(options: Options, setup: Setup, complex: Any) -> dict[str, Any]:
             inside = simplex.evaluate(
                 setup.metrics_fn, complex, source, options.num_eval, key=key,
                 state_fn=setup.state_fn,
+                checkpoint=checkpoint.Checkpointer(
+                    options.out / "measured" / part, every=20, keep=1
+                ),
             )  # fmt: skip
             metrics = {
                 metric: {
