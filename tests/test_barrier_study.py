@@ -56,8 +56,8 @@ def test_a_study_along_training_measures_each_epoch_and_shows_it(whole):
     assert loss["height"] < naive["height"]
     untrained = json.loads((whole / "points" / "epoch_0_pair_0.json").read_text())
     assert naive["end"] < untrained["test"]["naive"]["loss"]["end"] - 0.3
-    figure = np.load(whole / "barrier.npz")
-    assert figure["loss barrier y: aligned, test"][-1] == loss["height"]
+    with np.load(whole / "barrier.npz") as figure:
+        assert figure["loss barrier y: aligned, test"][-1] == loss["height"]
     page = (whole / "report.html").read_text()
     assert page.count("<figure>") == 2
     assert (whole / "barrier.png").stat().st_size > 10_000

@@ -195,6 +195,11 @@ def test_eigenthings_answers_for_a_network_that_is_not_there(tmp_path):
     assert "Traceback" not in found.stderr
 
 
+def arrays(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
 def test_the_tour_writes_a_page_with_its_figures_and_their_data(tmp_path):
     tour = script("tour")
     # As a person runs it: without the strict promotion rules of these tests.
@@ -211,31 +216,31 @@ def test_the_tour_writes_a_page_with_its_figures_and_their_data(tmp_path):
     assert page.count("data:image/png;base64,") == len(figures)
     assert "http://" not in page
     assert "https://" not in page
-    line = np.load(tmp_path / "line.npz")
+    line = arrays(tmp_path / "line.npz")
     assert line["train_loss"].max() > 0.4  # the segment of two digits networks has a barrier
     assert line["test_error"][[0, -1]].max() < 0.04
     # Most of that hill was the order of the units.
-    aligned = np.load(tmp_path / "alignment.npz")
+    aligned = arrays(tmp_path / "alignment.npz")
     np.testing.assert_allclose(aligned["train_before_loss"], line["train_loss"], atol=1e-4)
     assert aligned["train_after_loss"].max() < 0.3 * line["train_loss"].max()
     # The curve goes around the hill, and so does the inside of the triangles.
-    curve = np.load(tmp_path / "curve.npz")
+    curve = arrays(tmp_path / "curve.npz")
     np.testing.assert_allclose(curve["segment_train_loss"], line["train_loss"], atol=1e-4)
     assert curve["bezier_train_loss"].max() < 0.3 * line["train_loss"].max()
-    triangle = np.load(tmp_path / "simplex.npz")
+    triangle = arrays(tmp_path / "simplex.npz")
     assert triangle["corners"].shape == (4, 2)
     assert triangle["loss"].min() < 0.05 < triangle["loss"].max()
     # Ten classes: about nine outliers, and eigenvalues whose error is far below their size.
-    spectrum = np.load(tmp_path / "density.npz")
+    spectrum = arrays(tmp_path / "density.npz")
     assert (np.diff(spectrum["eigenvalues"]) < 0).all()
     assert (spectrum["residuals"] <= 1e-3 * spectrum["eigenvalues"]).all()
     assert (spectrum["lower"] <= spectrum["density"]).all()
     assert (spectrum["density"] <= spectrum["upper"]).all()
-    bend = np.load(tmp_path / "eigenvector.npz")
+    bend = arrays(tmp_path / "eigenvector.npz")
     near = np.abs(bend["distance"]) < 0.11
     np.testing.assert_allclose(bend["loss"][near], bend["parabola"][near], rtol=2e-2)
     # Row N6: at t=1/2 and t=1 the statistics of t=0 are 3 points or more worse than refreshed ones.
-    norm = np.load(tmp_path / "normalisation.npz")
+    norm = arrays(tmp_path / "normalisation.npz")
     for i in (5, 10):
         assert norm["stale_error"][i] - norm["refreshed_error"][i] >= 0.03
     assert norm["stale_error"][0] == norm["refreshed_error"][0]
