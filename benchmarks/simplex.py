@@ -348,8 +348,8 @@ METHODS = (LONG, DEEP, FGE, SWAG, ESPRO)
 # What is tried for each method; the least validation NLL of one run takes it.
 NETWORK_RATES = (0.05, 0.1, 0.2, 0.4)
 FGE_RATES = (0.02, 0.05, 0.1, 0.2)
-SWAG_RATES = (0.01, 0.03, 0.1)
-ESPRO_RATES, ESPRO_WEIGHTS = (0.01, 0.03, 0.1), (1e-4, 1e-3, 1e-2)
+SWAG_RATES = (0.003, 0.01, 0.03, 0.1)
+ESPRO_RATES, ESPRO_WEIGHTS = (0.01, 0.03, 0.1, 0.3), (1e-3, 1e-2, 1e-1)
 
 
 class Setting:
@@ -374,7 +374,7 @@ class Setting:
         train, validation, test = (
             halved(part) for part in (data.train, data.validation, data.test)
         )
-        self.train = jax.tree.map(lambda x: x[:10_000], train)
+        self.train = jax.tree.map(lambda x: x[: options.examples], train)
         self.validation, self.test = plain(validation), plain(test)
         self.model = models.build("cnn", num_classes=10, widths=[16, 32], norm=None)
         self.outputs = objectives.outputs(self.model.apply, {})
@@ -496,7 +496,7 @@ def ensembles_part(table, options):
         "half a 95 % t-interval"
     )
     begin = time.process_time()
-    folder = options.out / f"ensembles-{setting.epochs}"
+    folder = options.out / f"ensembles-{options.examples}-{setting.epochs}"
     kept = folder / "chosen.json"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -555,6 +555,8 @@ def main():
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--epochs", type=int, default=20,
                         help="of each of the three networks, in the ensembles")  # fmt: skip
+    parser.add_argument("--examples", type=int, default=10_000,
+                        help="that they are trained on")  # fmt: skip
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/benchmarks/simplex"),
                         help="where trained networks are kept")  # fmt: skip
     options = parser.parse_args()

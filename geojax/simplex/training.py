@@ -289,6 +289,7 @@ def fit(
             all steps of the run, those before a resume included.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> import optax
         >>> from geojax.simplex import single
         >>> loss = lambda p, batch: jnp.sum(jnp.square(p["w"][1] - batch))
