@@ -267,9 +267,16 @@ def _choose(use: jax.Array, given: jax.Array, own: jax.Array) -> jax.Array:
     return jnp.where(use, given, own)
 
 
-def _layers_of(apply_fn, params, state, batch, inputs_fn) -> list[_Layer]:
-    shape = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype))
-    return _read(apply_fn, shape(params), shape(state), shape(inputs_fn(batch))).layers
+def _layers_of(apply_fn, params, state, batch, inputs_fn) -> tuple[_Layer, ...]:
+    leaves, structure = jax.tree.flatten((params, state, inputs_fn(batch)))
+    return _layers_for(apply_fn, structure, tuple((x.shape, x.dtype) for x in leaves))
+
+
+@functools.lru_cache(maxsize=64)
+def _layers_for(apply_fn: Callable, structure: Any, shapes: tuple) -> tuple[_Layer, ...]:
+    """Traced once for a model and its shapes, not at every position of a curve."""
+    given = structure.unflatten(jax.ShapeDtypeStruct(*x) for x in shapes)
+    return tuple(_read(apply_fn, *given).layers)
 
 
 def statistic_paths(
