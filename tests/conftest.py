@@ -53,7 +53,7 @@ def release_compiled_programs():
     programs the next compilation ends in a segmentation fault.
     """
     yield
-    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 15_000:
+    if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > 35_000:
         jax.clear_caches()
         gc.collect()
 
