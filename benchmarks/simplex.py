@@ -90,7 +90,7 @@ def prepared(loss_fn, vertices, optimizer, **options):
     return training._prepare(
         loss_fn, simplex.single(tree.stack(vertices)), optimizer, free=(-1,), together="vmap",
         volume_weight=1e-3, reduction="mean", choose="volume", weight_decay=0.0, decay="point",
-        stochastic="shared", volumes="all", similarity_weight=0.0, **options,
+        stochastic="shared", volumes="all", similarity_weight=0.0, layerwise=False, **options,
     )  # fmt: skip
 
 

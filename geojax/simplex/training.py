@@ -167,7 +167,7 @@ class _Prepared(NamedTuple):
 
 
 def _prepare(
-    loss_fn, complex, optimizer, *, free, together, volume_weight, layerwise=False, **given
+    loss_fn, complex, optimizer, *, free, together, volume_weight, layerwise, **given
 ) -> _Prepared:
     """The loss, the parts and the optimizer of a run, checked."""
     stacked = not isinstance(complex, SimplicialComplex)
