@@ -5,6 +5,7 @@ state of a `Checkpointer`: the number of positions done, all positions, and the 
 """
 
 import json
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ class Measured:
         self.what, self.positions, self.checkpoint = what, positions, checkpoint
         self.record = json.loads(json.dumps(record))
         self.rtol, self.close = rtol, close
-        self.shape = () if chunk == 1 else (chunk,)
+        self.chunk, self.shape = chunk, () if chunk == 1 else (chunk,)
         self.values: dict[str, np.ndarray] = {}
         self.done = self.saved = 0
         if checkpoint is not None and checkpoint.latest() is not None:
@@ -91,9 +92,23 @@ class Measured:
             "Use the same arguments to resume, or another folder."
         )
 
-    def take(self, value: PyTree, count: int = 1) -> int:
-        """Keep the metrics of the next `count` positions; returns how many are done."""
+    def follow(self, values: Iterable[PyTree], update: Callable[[int], None]) -> None:
+        """Keep values as they come, the host one ahead; an interrupt saves those that were done."""
+        try:
+            waiting = None
+            for value in values:
+                if waiting is not None:
+                    update(self._take(waiting))
+                waiting = value
+            if waiting is not None:
+                update(self._take(waiting))
+        finally:
+            self._save()
+
+    def _take(self, value: PyTree) -> int:
+        """Keep the metrics of the next position or chunk; returns how many positions are done."""
         value = self._checked(value)
+        count = min(self.chunk, len(self.positions) - self.done)
         if not self.values:
             self.values = {name: np.full(len(self.positions), np.nan) for name in value}
         if set(value) != set(self.values):
@@ -105,7 +120,7 @@ class Measured:
             self.values[name][self.done : self.done + count] = np.reshape(x, -1)[:count]
         self.done += count
         if self.checkpoint is not None and self.done - self.saved >= self.checkpoint.every:
-            self.save()
+            self._save()
         return self.done
 
     def known(self) -> int:
@@ -145,7 +160,7 @@ class Measured:
             raise TypeError(f"{self.what}: metrics_fn must return a dict of scalars.")
         return value
 
-    def save(self) -> None:
+    def _save(self) -> None:
         """Keep on disk what is new."""
         if self.checkpoint is None or self.done == self.saved:
             return

@@ -382,11 +382,8 @@ def test_members_of_fge_are_those_of_the_library(collected, model, parts, networ
         assert (collected / f"{name}.png").exists()
 
 
-def test_a_killed_run_of_fge_ends_with_the_same_bits(
-    scripts, collected, pair, tmp_path, monkeypatch, capsys
-):
-    script = scripts["fge"]
-    options = script.Options(network=pair[0], out=tmp_path / "run", **FGE)
+def check_killed(script, options, whole, monkeypatch):
+    """A run that is killed and called again goes on, to the members of the whole one."""
     # A checkpoint after each epoch, and a member after the first and the third; the end with both.
     counted, calls = stops_after(3, checkpoint.Checkpointer.save, Killed)
     monkeypatch.setattr(checkpoint.Checkpointer, "save", counted)
@@ -395,12 +392,19 @@ def test_a_killed_run_of_fge_ends_with_the_same_bits(
     assert len(calls) == 4
     monkeypatch.undo()
     script.main(options)
-    assert result(tmp_path / "run")["start"] > 0
-    assert "went on from step" in capsys.readouterr().out
-    for i in range(2):
-        name = f"members/{i:02d}"
-        first, again = (checkpoint.load_network(x / name) for x in (collected, tmp_path / "run"))
+    assert result(options.out)["start"] > 0
+    for name in ("members/00", "members/01"):
+        first, again = (checkpoint.load_network(x / name) for x in (whole, options.out))
         assert equal((first.params, first.state), (again.params, again.state))
+
+
+def test_a_killed_run_of_fge_ends_with_the_same_bits(
+    scripts, collected, pair, tmp_path, monkeypatch, capsys
+):
+    script = scripts["fge"]
+    options = script.Options(network=pair[0], out=tmp_path / "run", **FGE)
+    check_killed(script, options, collected, monkeypatch)
+    assert "went on from step" in capsys.readouterr().out
     assert result(tmp_path / "run")["members"] == result(collected)["members"]
     monkeypatch.setattr(script.statistics, "refresh", forbidden)
     monkeypatch.setattr(script.ensemble, "log_probabilities", forbidden)
@@ -502,17 +506,7 @@ def test_a_killed_run_with_augmentation_ends_with_the_same_bits(
 ):
     script, (path, folder) = scripts["fge"], augmented
     options = script.Options(network=path, out=tmp_path / "run", **FGE)
-    counted, calls = stops_after(3, checkpoint.Checkpointer.save, Killed)
-    monkeypatch.setattr(checkpoint.Checkpointer, "save", counted)
-    with pytest.raises(Killed):
-        script.main(options)
-    assert len(calls) == 4
-    monkeypatch.undo()
-    script.main(options)
-    assert result(tmp_path / "run")["start"] > 0
-    for name in ("members/00", "members/01"):
-        first, again = (checkpoint.load_network(x / name) for x in (folder, tmp_path / "run"))
-        assert equal((first.params, first.state), (again.params, again.state))
+    check_killed(script, options, folder, monkeypatch)
 
 
 # ---------------------------------------------------------------------------- of many networks

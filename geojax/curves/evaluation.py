@@ -242,21 +242,16 @@ def measure(
             group = list(zip(tree.unstack(some), ((state,) for state in states), strict=True))
             yield from group[max(begin - first, 0) :]
 
+    def values() -> Iterator[Any]:
+        for i, (params, extra) in enumerate(points(), begin):
+            value = averaged(params, *extra)
+            if i < run.done:
+                run.compare(value, run.done)
+            else:
+                yield value
+
     with bars.bar(len(weights), label, show=progress) as update:
-        try:
-            waiting = None
-            for i, (params, extra) in enumerate(points(), begin):
-                value = averaged(params, *extra)
-                if i < run.done:
-                    run.compare(value, run.done)
-                    continue
-                if waiting is not None:  # the host runs one point ahead
-                    update(run.take(waiting))
-                waiting = value
-            if waiting is not None:
-                update(run.take(waiting))
-        finally:
-            run.save()
+        run.follow(values(), update)
     return run.values
 
 

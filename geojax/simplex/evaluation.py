@@ -160,19 +160,9 @@ def evaluate(
         return row
 
     with bars.bar(len(places), "simplex", show=progress) as update:
-        try:
-            if run.done:
-                run.compare(measure(places[run.known() - 1]), run.known())
-            waiting = None
-            for place in places[run.done :]:
-                row = measure(place)
-                if waiting is not None:  # the host runs one point ahead
-                    update(run.take(waiting))
-                waiting = row
-            if waiting is not None:
-                update(run.take(waiting))
-        finally:
-            run.save()
+        if run.done:
+            run.compare(measure(places[run.known() - 1]), run.known())
+        run.follow(map(measure, places[run.done :]), update)
     simplices = np.asarray(drawn.simplices)
     return SimplexEvaluation(
         weights,

@@ -376,23 +376,17 @@ def plane(
     run = Measured(
         "plane", flat, checkpoint, record, close=("origin", "points"), rtol=1e-4, chunk=chunk
     )
+
+    def measure(places: np.ndarray) -> PyTree:
+        return _measure(found, places, chunk, averaged, state_fn)
+
     with progress_.bar(len(flat), "plane", show=progress) as bar:
-        try:
-            if run.done:
-                end = run.known()
-                again = flat[max(end - chunk, 0) : end]
-                value = _measure(found, again, chunk, averaged, state_fn)
-                run.compare(value, end, len(again))
-            waiting = None
-            for start in range(run.done, len(flat), chunk):
-                value = _measure(found, flat[start : start + chunk], chunk, averaged, state_fn)
-                if waiting is not None:
-                    bar(run.take(*waiting))
-                waiting = value, min(chunk, len(flat) - start)
-            if waiting is not None:
-                bar(run.take(*waiting))
-        finally:
-            run.save()
+        if run.done:
+            end = run.known()
+            again = flat[max(end - chunk, 0) : end]
+            run.compare(measure(again), end, len(again))
+        starts = range(run.done, len(flat), chunk)
+        run.follow((measure(flat[start : start + chunk]) for start in starts), bar)
     return Plane(found, places, {k: v.reshape(places.shape[:-1]) for k, v in run.values.items()})
 
 
