@@ -60,10 +60,27 @@ def curves(
             if panel.get("integers"):
                 axes.xaxis.get_major_locator().set_params(integer=True)
             if len(panel["lines"]) + len(panel.get("marks", {})) > 1:
-                # Over the axes, in two columns, where many lines would run behind it.
-                above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2}
-                axes.legend(**(above if panel.get("legend") == "above" else {}))
+                # Over the axes where many lines would run behind it.
+                axes.legend(**(_above(axes, size[0]) if panel.get("legend") == "above" else {}))
         return figure
+
+
+def _above(axes: Any, width: float) -> dict[str, Any]:
+    """Options of a legend over the axes, in two columns where a panel that wide has room."""
+    from matplotlib import rcParams
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    look = {"handlelength": 1.6, "handletextpad": 0.6, "columnspacing": 1.2, "borderpad": 0.0}
+    em = FontProperties(size=rcParams["legend.fontsize"]).get_size_in_points()
+    labels = axes.get_legend_handles_labels()[1]
+    wide = [TextPath((0, 0), label, size=em).get_extents().width for label in labels]
+    half = -(-len(wide) // 2)
+    columns = max(wide[:half]) + max(wide[half:])
+    around = 2 * (look["handlelength"] + look["handletextpad"]) + look["columnspacing"]
+    # The y axis with its labels, and what is around it, take about 0.8 inches of the panel.
+    fits = columns + around * em <= 72 * (width - 0.8)
+    return look | {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2 if fits else 1}
 
 
 def density(
